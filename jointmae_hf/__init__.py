@@ -1,0 +1,50 @@
+"""Joint-MAE: 2D-3D joint masked autoencoders for point clouds, native to Hugging Face transformers.
+
+Importing this package registers its classes with transformers' Auto classes, so that
+`AutoModel.from_pretrained("org/joint-mae")` works without `trust_remote_code`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    AutoModelForSemanticSegmentation,
+)
+
+from .auto import AutoModelForPartSegmentation, AutoModelForPointCloudClassification
+from .configuration_joint_mae import JointMAEConfig
+from .modeling_joint_mae import (
+    JointMAEForPartSegmentation,
+    JointMAEForPointCloudClassification,
+    JointMAEForPreTraining,
+    JointMAEModel,
+    JointMAEPreTrainedModel,
+)
+from .point_cloud_processing_joint_mae import JointMAEPointCloudProcessor
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("joint_mae", JointMAEConfig, exist_ok=True)
+AutoModel.register(JointMAEConfig, JointMAEModel, exist_ok=True)
+AutoModelForPreTraining.register(JointMAEConfig, JointMAEForPreTraining, exist_ok=True)
+AutoModelForPointCloudClassification.register(JointMAEConfig, JointMAEForPointCloudClassification, exist_ok=True)
+AutoModelForPartSegmentation.register(JointMAEConfig, JointMAEForPartSegmentation, exist_ok=True)
+# transformers has no Auto class for clouds; code of a repository can only name existing ones, so the heads borrow these.
+AutoModelForImageClassification.register(JointMAEConfig, JointMAEForPointCloudClassification, exist_ok=True)
+AutoModelForSemanticSegmentation.register(JointMAEConfig, JointMAEForPartSegmentation, exist_ok=True)
+AutoFeatureExtractor.register(JointMAEConfig, JointMAEPointCloudProcessor, exist_ok=True)
+
+__all__ = [
+    "AutoModelForPartSegmentation",
+    "AutoModelForPointCloudClassification",
+    "JointMAEConfig",
+    "JointMAEForPartSegmentation",
+    "JointMAEForPointCloudClassification",
+    "JointMAEForPreTraining",
+    "JointMAEModel",
+    "JointMAEPointCloudProcessor",
+    "JointMAEPreTrainedModel",
+]

@@ -1,0 +1,3 @@
+from transformers import FeatureExtractionMixin
+class JointMAEPointCloudProcessor(FeatureExtractionMixin):
+    pass
