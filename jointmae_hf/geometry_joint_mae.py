@@ -27,10 +27,23 @@ import torch
 from torch import nn
 
 
+try:  # the same results, faster; absent where these files are loaded from the Hub without the package
+    from jointmae_hf import kernels
+except ImportError:
+    kernels = None
+
+
 # Third axis of each view is the depth; the three cyclic permutations (x, y, z), (z, x, y), (y, z, x).
 VIEW_AXES = ((0, 1, 2), (2, 0, 1), (1, 2, 0))
 MIN_DEPTH = 0.2
 _EPS = 1e-6
+
+
+def _has_kernel(points: torch.Tensor) -> bool:
+    """Whether the kernels can take these float32 points; an exported graph must consist of plain operators."""
+    if kernels is None or points.device.type not in kernels.DEVICES or points.dtype != torch.float32:
+        return False
+    return not (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 def gather_points(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -103,6 +116,8 @@ def farthest_point_sample(
         int64 indices `(batch, num_samples)`.
     """
     points = points.float()
+    if _has_kernel(points):
+        return kernels.farthest_point_sample(points, num_samples, point_mask)
     batch_size, num_points, _ = points.shape
     num_distinct = min(num_samples, num_points)
     low, high = bounding_box(points, point_mask)
@@ -158,6 +173,8 @@ def knn(
     if k > num_points:
         raise ValueError(f"`k` is {k}, but there are only {num_points} points to choose neighbours from.")
     queries, points = queries.float(), points.float()
+    if _has_kernel(points):
+        return kernels.knn(queries, points, k, point_mask)
     rows = max(1, chunk_size // max(1, queries.shape[0] * num_points))
     chunks = []
     for part in queries.split(rows, dim=1):
@@ -308,9 +325,7 @@ def chamfer_distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Ten
     """
     dtype = torch.promote_types(torch.promote_types(predicted.dtype, target.dtype), torch.float32)
     predicted, target = predicted.to(dtype), target.to(dtype)
-    with torch.no_grad():
-        distance = pairwise_squared_distance(predicted, target)
-        to_target, to_predicted = distance.argmin(-1), distance.argmin(-2)
+    to_target, to_predicted = _nearest_both_ways(predicted, target)
     nearest_target = target.gather(-2, to_target.unsqueeze(-1).expand(*to_target.shape, target.shape[-1]))
     nearest_predicted = predicted.gather(
         -2, to_predicted.unsqueeze(-1).expand(*to_predicted.shape, predicted.shape[-1])
@@ -318,6 +333,16 @@ def chamfer_distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Ten
     forward = _squared_distance(predicted, nearest_target).mean(-1)
     backward = _squared_distance(nearest_predicted, target).mean(-1)
     return forward + backward
+
+
+@torch.no_grad()
+def _nearest_both_ways(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the nearest point of the other set, both ways."""
+    if _has_kernel(first) and first.shape[:-2] == second.shape[:-2]:
+        indices = kernels.nearest_both_ways(first.flatten(0, -3), second.flatten(0, -3))
+        return indices[0].view(first.shape[:-1]), indices[1].view(second.shape[:-1])
+    distance = pairwise_squared_distance(first, second)
+    return distance.argmin(-1), distance.argmin(-2)
 
 
 def sample_depth(pixel_values: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
@@ -339,7 +364,7 @@ def sample_depth(pixel_values: torch.Tensor, projected: torch.Tensor) -> torch.T
 
     def pixel(at_row: torch.Tensor, at_column: torch.Tensor) -> torch.Tensor:
         inside = (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
-        index = at_row.clamp(0, height - 1).long() * width + at_column.clamp(0, width - 1).long()
+        index = at_row.long().clamp(0, height - 1) * width + at_column.long().clamp(0, width - 1)
         return image.gather(1, index) * inside
 
     upper = pixel(top, left) * (1 - column_fraction) + pixel(top, left + 1) * column_fraction

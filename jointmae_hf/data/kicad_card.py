@@ -1,0 +1,236 @@
+"""The card, the attribution and the contact sheet of a data set built by `jointmae_hf.data.kicad`.
+
+Every number in them is counted from the finished tables, so a card cannot disagree with its data.
+"""
+
+import gzip
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import to_rgba_array
+from PIL import Image
+
+from jointmae_hf.data.kicad import PART_NAMES, KicadReport
+
+
+PART_COLORS = ("#3b4252", "#e0932f", "#d64550", "#49a6c9", "#4f9d69")
+
+CARD = """---
+license: cc-by-sa-4.0
+pretty_name: KiCad parts
+size_categories:
+- 1K<n<10K
+task_categories:
+- other
+tags:
+- point-cloud
+- 3d
+- point-cloud-classification
+- part-segmentation
+- self-supervised-learning
+- electronics
+- kicad
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+  - split: test
+    path: data/test-*.parquet
+---
+
+# KiCad parts
+
+{num_shapes:,} electronic components from KiCad's 3D library in {num_classes} classes, each a cloud of {num_points:,}
+points sampled from its surface, every point labelled with the part of the component it lies on.
+
+![Two shapes of each of some classes, points coloured by part](contact_sheet.png)
+
+```python
+from datasets import load_dataset
+
+parts = load_dataset("path/to/this/folder").with_format("numpy")
+points = parts["train"][0]["points"]  # ({num_points}, 3), in the unit sphere
+```
+
+| column | type | meaning |
+|---|---|---|
+| `points` | float16 `({num_points}, 3)` | centred on their mean, the farthest at distance 1; z is up from the board |
+| `part_labels` | {num_points} class labels | {part_names} |
+| `label` | class label | the class of the part |
+| `name`, `library` | string | the model's file and folder in KiCad's library |
+| `family` | string | the class and the name without its numbers; the unit of the split |
+
+**The points of a cloud are ordered** (by part, then along a Morton curve, which makes files smaller). Draw a random
+subset, or shuffle, before you feed fewer than all of them to anything: half of the rows is half of the shape.
+
+## Splits
+
+| class | train | test | families in train | families in test |
+|---|---:|---:|---:|---:|
+{class_rows}
+
+Whole name families go to one side, so a header with 5 pins is never in `train` while the same header with 6 is in
+`test`.
+
+| part | share of all points | shapes that have it |
+|---|---:|---:|
+{part_rows}
+
+{multi_part} of the shapes have more than one part.
+
+## How it was made
+
+```
+{command}
+```
+
+Source: {source}, {num_files:,} models. Left out of them:
+
+- {num_gpl:,} under the GPL;
+- {num_unreadable:,} that could not be read;
+- {num_duplicates:,} near-duplicates of another one in their class;
+- {num_small:,} of classes with fewer than {min_per_class} shapes;
+- {num_beyond_limit:,} chosen at random from the largest classes, to balance them or to fit a size.
+
+Points are spread evenly over the surface area; coordinates are rounded to multiples of 2^-{coordinate_bits}. Each
+cloud depends on the seed and its own name alone, so other files and their order change nothing.
+
+## Limits
+
+- Part labels follow the material names of the models, as their authors chose them: metal is what carries a pin or
+  metal material, glass is LED lenses and glass, label is printed marks, board is circuit board, body is all the rest.
+- The models are drawings, not scans: no noise, no occlusion, and inner faces are sampled like outer ones.
+- Size is lost in the normalisation; two parts that differ in scale alone count as duplicates.
+- Where a family is more than half of its class, it is divided by the first measurement in the name: such parts of
+  neighbouring sizes (a disc of 12 mm and one of 14 mm) can be on both sides.
+- Some classes have few families on one side; a score there rests on few distinct designs. See the table.
+
+## Licence
+
+CC-BY-SA 4.0, as the models themselves; [ATTRIBUTION.md](ATTRIBUTION.md) names the holders and the changes.
+"""
+
+ATTRIBUTION = """# Attribution
+
+These point clouds are adapted from the KiCad packages3D library by the KiCad library authors
+(<https://gitlab.com/kicad/libraries/kicad-packages3D>). Source: {source}.
+
+Copyright of the models, by number of shapes: {holders}.
+
+Licence: Creative Commons Attribution-ShareAlike 4.0 International (CC-BY-SA 4.0),
+<https://creativecommons.org/licenses/by-sa/4.0/legalcode>, with this exception of KiCad's for the original models:
+
+> To the extent that the creation of electronic designs that use 'Licensed Material' can be considered to be 'Adapted
+> Material', then the copyright holder waives article 3 of the license with respect to these designs and any generated
+> files which use data provided as part of the 'Licensed Material'.
+
+The exception does not cover redistributing the collection, so these clouds stay under CC-BY-SA 4.0 and so does
+anything adapted from them. The licence of the code that made them does not apply to them.
+
+Changes: {num_shapes:,} of {num_files:,} models were chosen (models under the GPL, near-duplicates and rare classes
+left out); each surface was sampled at {num_points:,} points, centred, scaled to the unit sphere and rounded;
+materials were mapped to {num_parts} part labels, and classes and splits were added. The models come without warranty
+of any kind.
+"""
+
+
+def write_card(
+    dataset: datasets.DatasetDict, report: KicadReport, folder: str | Path, command: str, source: str
+) -> None:
+    """Writes `README.md`, `ATTRIBUTION.md` and `contact_sheet.png` into `folder`.
+
+    `command` is what makes the set again, `source` names the package the models came in.
+    """
+    folder = Path(folder)
+    draw_contact_sheet(dataset["train"], folder / "contact_sheet.png")
+    facts = describe(dataset, report, command, source)
+    (folder / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
+    (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(**facts), encoding="utf-8")
+
+
+def describe(dataset: datasets.DatasetDict, report: KicadReport, command: str, source: str) -> dict[str, str | int]:
+    """What the card and the attribution state, counted from the finished tables."""
+    class_names = dataset["train"].features["label"].names
+    labels = {split: Counter(rows["label"]) for split, rows in dataset.items()}
+    families = {split: Counter(f.split("/")[0] for f in set(rows["family"])) for split, rows in dataset.items()}
+    counts = [
+        (name, *(c[i] for c in labels.values()), *(c[name] for c in families.values()))
+        for i, name in enumerate(class_names)
+    ]
+    counts.append(("**all**", *(c.total() for c in (*labels.values(), *families.values()))))
+    parts = np.concatenate([rows.with_format("numpy")["part_labels"][:] for rows in dataset.values()])
+    part_rows = [
+        f"| {name} | {100 * (parts == i).mean():.2f} % | {(parts == i).any(axis=1).sum():,} |"
+        for i, name in enumerate(PART_NAMES)
+    ]
+    holders = [f"{holder} ({count:,})" for holder, count in report.copyright_holders.items()]
+    return {
+        "num_shapes": report.num_shapes,
+        "num_classes": len(class_names),
+        "num_points": dataset["train"].features["points"].shape[0],
+        "num_parts": len(PART_NAMES),
+        "part_names": ", ".join(PART_NAMES),
+        "class_rows": "\n".join(f"| {' | '.join(map(str, row))} |" for row in counts),
+        "multi_part": f"{100 * report.multi_part_share:.1f} %",
+        "part_rows": "\n".join(part_rows),
+        "command": command,
+        "source": source,
+        "num_files": report.num_files,
+        "num_gpl": report.num_gpl,
+        "num_unreadable": len(report.unreadable),
+        "num_duplicates": report.num_duplicates,
+        "num_small": sum(report.small_classes.values()),
+        "min_per_class": report.min_per_class,
+        "num_beyond_limit": report.num_beyond_limit,
+        "coordinate_bits": report.coordinate_bits,
+        "holders": "; ".join(holders) or "see the headers of the original files",
+    }
+
+
+def package_version(doc: Path) -> str:
+    """The Debian package and its version, from the first line of its changelog."""
+    changelog = doc / "changelog.Debian.gz"
+    if not changelog.exists():
+        return "the 3D models of a KiCad installation"
+    with gzip.open(changelog, "rt", encoding="utf-8") as file:
+        package, version = file.readline().split()[:2]
+    return f"Debian package `{package}` {version.strip('()')}"
+
+
+def draw_contact_sheet(rows: datasets.Dataset, path: Path, num_classes: int = 20, shapes_per_class: int = 2) -> None:
+    """Some shapes of some classes, seen from above at an angle, points coloured by part."""
+    labels = np.array(rows["label"])
+    classes = np.unique(labels)
+    num_classes = min(num_classes, len(classes))
+    chosen = classes[np.linspace(0, len(classes) - 1, num_classes).round().astype(int)]
+    num_columns = 4 * shapes_per_class
+    figure, axes = plt.subplots(-(-num_classes // 4), num_columns, figsize=(num_columns * 1.3, num_classes * 0.37))
+    azimuth, elevation = np.radians([35, 28])
+    right = np.array([np.cos(azimuth), np.sin(azimuth), 0])
+    toward = np.array([np.sin(azimuth) * np.cos(elevation), -np.cos(azimuth) * np.cos(elevation), np.sin(elevation)])
+    view = np.stack([right, np.cross(toward, right), toward])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for label, pair in zip(chosen, axes.reshape(-1, shapes_per_class), strict=False):
+        members = np.flatnonzero(labels == label)
+        spread = np.linspace(0, len(members) - 1, shapes_per_class).astype(int)
+        for axis, i in zip(pair, members[spread], strict=True):
+            shape = rows.with_format("numpy")[int(i)]
+            x, y, depth = view @ shape["points"].astype(np.float32).T
+            order = np.argsort(depth)
+            fade = 0.55 * (depth.max() - depth) / max(np.ptp(depth), 1e-6)  # far points fade, or the cloud looks flat
+            colors = to_rgba_array(PART_COLORS)[shape["part_labels"], :3]
+            colors = colors + fade[:, None] * (1 - colors)
+            axis.scatter(x[order], y[order], s=3, c=colors[order], linewidths=0)
+            axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
+        pair[0].set_title(rows.features["label"].int2str(int(label)), loc="left", fontsize=8)
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in PART_COLORS]
+    figure.legend(handles, PART_NAMES, loc="lower center", ncols=len(PART_NAMES), frameon=False, fontsize=9)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.05, wspace=0, hspace=0.2)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
