@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     AutoModelForSemanticSegmentation,
+    AutoProcessor,
 )
 
 from .auto import AutoModelForPartSegmentation, AutoModelForPointCloudClassification
@@ -23,9 +24,8 @@ from .modeling_joint_mae import (
     JointMAEPreTrainedModel,
 )
 from .point_cloud_processing_joint_mae import JointMAEPointCloudProcessor
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 AutoConfig.register("joint_mae", JointMAEConfig, exist_ok=True)
 AutoModel.register(JointMAEConfig, JointMAEModel, exist_ok=True)
@@ -36,6 +36,13 @@ AutoModelForPartSegmentation.register(JointMAEConfig, JointMAEForPartSegmentatio
 AutoModelForImageClassification.register(JointMAEConfig, JointMAEForPointCloudClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(JointMAEConfig, JointMAEForPartSegmentation, exist_ok=True)
 AutoFeatureExtractor.register(JointMAEConfig, JointMAEPointCloudProcessor, exist_ok=True)
+AutoProcessor.register(JointMAEConfig, JointMAEPointCloudProcessor, exist_ok=True)
+# What is saved carries its code, for `trust_remote_code=True` where the package is not installed.
+JointMAEConfig.register_for_auto_class()
+JointMAEModel.register_for_auto_class("AutoModel")
+JointMAEForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+JointMAEForPointCloudClassification.register_for_auto_class("AutoModelForImageClassification")
+JointMAEForPartSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
     "AutoModelForPartSegmentation",
@@ -47,4 +54,5 @@ __all__ = [
     "JointMAEModel",
     "JointMAEPointCloudProcessor",
     "JointMAEPreTrainedModel",
+    "__version__",
 ]

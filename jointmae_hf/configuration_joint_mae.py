@@ -18,6 +18,14 @@ from math import prod
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+# Complete whichever class is saved: a pre-training checkpoint also loads as a bare encoder or under a head.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_joint_mae.JointMAEConfig",
+    "AutoModel": "modeling_joint_mae.JointMAEModel",
+    "AutoModelForPreTraining": "modeling_joint_mae.JointMAEForPreTraining",
+    "AutoModelForImageClassification": "modeling_joint_mae.JointMAEForPointCloudClassification",
+    "AutoModelForSemanticSegmentation": "modeling_joint_mae.JointMAEForPartSegmentation",
+}
 _LISTS = (
     "num_centers",
     "num_neighbors",
@@ -84,9 +92,9 @@ class JointMAEConfig(PreTrainedConfig):
         norm_point_loss (`bool`, defaults to `False`):
             Whether the Chamfer distance of a group is divided by the group's mean squared radius.
         norm_pixel_loss (`bool`, defaults to `False`): Whether each target patch is normalised by its own deviation.
-        point_loss_weight (`float`, defaults to 1.0): Weight of the 3D loss.
+        point_loss_weight (`float`, defaults to 10.0): Weight of the 3D loss. The defaults balance the gradients at the start.
         pixel_loss_weight (`float`, defaults to 1.0): Weight of the 2D loss.
-        cross_loss_weight (`float`, defaults to 1.0): Weight of the cross-reconstruction loss.
+        cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
         num_object_classes (`int`, defaults to 0):
@@ -140,9 +148,9 @@ class JointMAEConfig(PreTrainedConfig):
     num_target_points: int = 32
     norm_point_loss: bool = False
     norm_pixel_loss: bool = False
-    point_loss_weight: float | int = 1.0
+    point_loss_weight: float | int = 10.0
     pixel_loss_weight: float | int = 1.0
-    cross_loss_weight: float | int = 1.0
+    cross_loss_weight: float | int = 0.2
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5
     num_object_classes: int = 0
@@ -151,6 +159,10 @@ class JointMAEConfig(PreTrainedConfig):
         for name in _LISTS:  # JSON knows no tuples: the same configuration before and after saving
             setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.auto_map = dict(_AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "JointMAEConfig":
@@ -269,11 +281,10 @@ PRESETS = {
         "num_points": 1024,
         "num_centers": [256, 64],
         "num_neighbors": [16, 8],
-        "point_embed_sizes": [64, 192],
+        "point_embed_sizes": [32, 192],
         "image_size": 64,
-        "splat_size": 3,
         "patch_strides": [4, 2],
-        "image_embed_sizes": [64, 192],
+        "image_embed_sizes": [32, 192],
         "decoder_hidden_size": 96,
         "decoder_num_attention_heads": 3,
         "decoder_intermediate_size": 384,
@@ -289,7 +300,6 @@ PRESETS = {
         "num_neighbors": [16, 8, 8],
         "point_embed_sizes": [64, 128, 256],
         "image_size": 112,
-        "splat_size": 3,
         "image_embed_sizes": [64, 128, 256],
         "decoder_hidden_size": 128,
         "decoder_num_attention_heads": 4,

@@ -31,6 +31,8 @@ try:  # the same results, faster; absent where these files are loaded from the H
     from jointmae_hf import kernels
 except ImportError:
     kernels = None
+if getattr(kernels, "INTERFACE", None) != 1:  # these files may have been saved by another release of the package
+    kernels = None
 
 
 # Third axis of each view is the depth; the three cyclic permutations (x, y, z), (z, x, y), (y, z, x).

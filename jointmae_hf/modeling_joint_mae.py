@@ -22,6 +22,10 @@ Notable choices:
 - Without an image the model is a 3D encoder: this is how features are extracted after pre-training.
 """
 
+# Ablation switches and options: published checkpoints keep their defaults, and the tests run both sides of each.
+# trf-ignore: TRF041 use_image_branch, use_local_alignment, use_cross_loss, position_every_layer
+# trf-ignore: TRF041 modality_dropout, norm_point_loss, norm_pixel_loss, num_object_classes
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -95,8 +99,8 @@ class JointMAEForPreTrainingOutput(ModelOutput):
             In the coordinates of `point_values`.
         reconstructed_patches (`torch.FloatTensor` of shape `(batch, masked patches, patch_size ** 2 * num_channels)`):
             Depth in [0, 1], row by row.
-        mask_3d (`torch.BoolTensor` of shape `(batch, num_centers[-1])`): True where a 3D token is masked.
-        mask_2d (`torch.BoolTensor` of shape `(batch, num_patches)`): True where a patch is masked.
+        mask_3d (`torch.FloatTensor` of shape `(batch, num_centers[-1])`): 1 where a 3D token is masked, else 0.
+        mask_2d (`torch.FloatTensor` of shape `(batch, num_patches)`): 1 where a patch is masked, else 0.
         masked_tokens (`torch.LongTensor` of shape `(batch, masked tokens)`): Which 3D token each reconstruction is of.
         masked_patches (`torch.LongTensor` of shape `(batch, masked patches)`): Which patch each reconstruction is of.
         centers (`torch.FloatTensor` of shape `(batch, num_centers[-1], 3)`): Centre of every 3D token.
@@ -112,8 +116,8 @@ class JointMAEForPreTrainingOutput(ModelOutput):
     loss_cross: torch.FloatTensor | None = None
     reconstructed_points: torch.FloatTensor | None = None
     reconstructed_patches: torch.FloatTensor | None = None
-    mask_3d: torch.BoolTensor | None = None
-    mask_2d: torch.BoolTensor | None = None
+    mask_3d: torch.FloatTensor | None = None
+    mask_2d: torch.FloatTensor | None = None
     masked_tokens: torch.LongTensor | None = None
     masked_patches: torch.LongTensor | None = None
     centers: torch.FloatTensor | None = None
@@ -162,7 +166,7 @@ def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 def random_mask(noise: torch.Tensor, num_visible: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of visible and of masked tokens: those with the lowest noise stay visible. `(batch, tokens)` in."""
-    order = noise.argsort(dim=1, stable=True)
+    order = noise.argsort(dim=1)
     return order[:, :num_visible], order[:, num_visible:]
 
 
@@ -258,7 +262,7 @@ class JointMAEGroupEmbedding(nn.Module):
         return self.second_fc(features).amax(2)
 
 
-class JointMAEGroupMerging(nn.Module):
+class JointMAEGroupMerging(GradientCheckpointingLayer):
     """Merges the features of neighbouring finer groups into one coarser group by MLP and maximum."""
 
     def __init__(self, config: JointMAEConfig, scale: int):
@@ -512,6 +516,9 @@ class JointMAEPreTrainedModel(PreTrainedModel):
 class JointMAEModel(JointMAEPreTrainedModel):
     """The joint encoder. Given points alone it is the 3D feature extractor."""
 
+    # What a pre-training checkpoint or a head holds besides the encoder.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^segmenter\."]
+
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)
         self.point_embeddings = JointMAEPointEmbeddings(config)
@@ -667,7 +674,6 @@ class JointMAEDecoder(nn.Module):
         )
         self.point_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.point_head = nn.Linear(width, 3 * config.num_target_points)
-        self.use_image_branch = config.use_image_branch
         if config.use_image_branch:
             self.image_layers = nn.ModuleList(
                 [JointMAELayer(config, in_decoder=True) for _ in range(config.decoder_num_specific_layers)]
@@ -853,8 +859,7 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
 
     @staticmethod
     def _mask(masked: torch.Tensor, total: int) -> torch.Tensor:
-        mask = torch.zeros(masked.shape[0], total, dtype=torch.bool, device=masked.device)
-        return mask.scatter(1, masked, True)
+        return torch.zeros(masked.shape[0], total, device=masked.device).scatter(1, masked, 1.0)
 
 
 class JointMAEClassificationHead(nn.Module):

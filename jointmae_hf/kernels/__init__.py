@@ -10,6 +10,7 @@ import torch
 
 
 logger = logging.getLogger(__name__)
+INTERFACE = 1  # of the functions below; raised when they change, since copies of the geometry call them from the Hub
 DEVICES: set[str] = set()
 
 try:

@@ -1,0 +1,36 @@
+# `make pretrain` and `make test` do everything on a fresh machine, each from nothing.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+FLAT := jointmae_hf/configuration_joint_mae.py jointmae_hf/modeling_joint_mae.py
+
+.PHONY: pretrain test lint format clean
+
+$(VENV)/.train: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,io]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+pretrain: $(VENV)/.train
+	$(BIN)/accelerate launch examples/pretrain.py $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mlinter --no-progress --no-cache $(FLAT)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

@@ -1,0 +1,253 @@
+"""Reads clouds from data sets of the Hub, local folders and parquet files.
+
+A column of clouds may be `Array2D` of fixed or variable size or nested lists. Clouds of a data set in memory lie end
+to end in one array, in the precision they were stored in; nothing is copied row by row.
+"""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .augmentation import FIXED_SUBSAMPLE, counter_generator, normalize_clouds, subsample
+
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+_CHUNK_ROWS = 256
+
+
+@dataclass
+class PointClouds:
+    """
+    Clouds of any size, end to end.
+
+    Args:
+        values: `(total points, 3)`, float16 or float32.
+        offsets: int64 `(clouds + 1,)`: cloud `i` is `values[offsets[i] : offsets[i + 1]]`.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def fingerprint(self) -> dict[str, int]:
+        """Tells data sets apart by content, wherever they lie."""
+        checksum = zlib.crc32(np.ascontiguousarray(self.values), zlib.crc32(self.offsets))
+        return {"clouds": len(self), "points": len(self.values), "crc32": checksum}
+
+
+@dataclass
+class PointTable:
+    """
+    Clouds of one size with their classes, for evaluation.
+
+    Args:
+        points: float32 `(clouds, num_points, 3)`, centred on the mean, in the unit sphere, not augmented.
+        labels: int64 `(clouds,)`, or `None` when the data set has none.
+        class_names: names of the classes, or `None` when the labels are bare integers.
+    """
+
+    points: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+
+def load_point_dataset(
+    dataset: str, split: str = "train", streaming: bool = False, config_name: str | None = None
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """
+    Opens a data set.
+
+    Args:
+        dataset: a name on the Hub, a local folder (of data files, or made by `save_to_disk`), a parquet file, or a
+            pattern of parquet files such as `"shapes/*.parquet"`.
+        split: its split, in the syntax of `datasets` (`"train[:10%]"`). Parquet files are all of the split they are
+            asked for.
+        streaming: whether to read it while it is used rather than before.
+        config_name: configuration of a Hub data set that has several.
+
+    Raises:
+        FileNotFoundError: if a path that was given does not exist.
+        ValueError: if there is no such split.
+    """
+    import datasets
+
+    path = Path(dataset).expanduser()
+    if path.suffix == ".parquet":
+        if not any(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))):
+            raise FileNotFoundError(f"`dataset` is {dataset!r}, but there is no such file.")
+        files = {split.partition("[")[0]: str(path)}
+        return datasets.load_dataset("parquet", data_files=files, split=split, streaming=streaming)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise ValueError(f"`split` is {split!r}, but {dataset} has {sorted(saved)}.")
+            saved = saved[split]
+        return saved.to_iterable_dataset() if streaming else saved
+    name = str(path) if path.exists() else dataset
+    return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+
+
+def load_point_clouds(dataset: "datasets.Dataset", points_column: str = "points") -> PointClouds:
+    """
+    All clouds of a data set in memory.
+
+    Raises:
+        ValueError: if the column is missing, or a cloud is missing, empty, not `(n, 3)`, not finite or has all its
+            points in one place; the message says which row.
+    """
+    check_column(dataset, points_column)
+    if len(dataset) == 0:
+        raise ValueError("the data set has no rows.")
+    parts, row = [], 0
+    for table in dataset.select_columns([points_column]).with_format("arrow").iter(batch_size=_CHUNK_ROWS):
+        parts.append(clouds_from_arrow(table.column(points_column), points_column, row))
+        row += len(parts[-1])
+    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+    return PointClouds(np.concatenate([part.values for part in parts]), _offsets(sizes))
+
+
+def load_point_table(
+    dataset: str,
+    split: str = "train",
+    points_column: str = "points",
+    label_column: str | None = "label",
+    num_points: int = 1024,
+    seed: int = 0,
+    config_name: str | None = None,
+) -> PointTable:
+    """
+    Clouds and labels of a split for evaluation: a subsample that is fixed by the seed, normalised, not augmented.
+
+    Args:
+        dataset, split, config_name: as for [`load_point_dataset`].
+        points_column: the column of clouds.
+        label_column: the column of classes, `ClassLabel` or integers; without such a column there are no labels.
+        num_points: points of each cloud; smaller clouds repeat theirs.
+        seed: fixes the subsample.
+
+    Raises:
+        ValueError: as [`load_point_clouds`], or if the labels are not integers.
+    """
+    import datasets
+
+    rows = load_point_dataset(dataset, split, config_name=config_name)
+    clouds = load_point_clouds(rows, points_column)
+    points = np.empty((len(clouds), num_points, 3), dtype=np.float32)
+    for index in range(len(clouds)):
+        generator = counter_generator(seed, FIXED_SUBSAMPLE, 0, index)
+        points[index] = clouds[index][subsample(generator, len(clouds[index]), num_points)]
+    labels = class_names = None
+    if label_column in rows.column_names:
+        feature = rows.features[label_column]
+        class_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        labels = np.asarray(rows.with_format("numpy")[label_column][:])
+        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+            raise ValueError(
+                f"column {label_column!r} holds {feature}, expected classes; see `Dataset.class_encode_column`."
+            )
+        labels = labels.astype(np.int64)
+    return PointTable(normalize_clouds(points), labels, class_names)
+
+
+def check_column(dataset: Any, points_column: str):
+    """Raises `ValueError`, naming the columns that there are, if a data set lacks the one asked for."""
+    names = dataset.column_names
+    if names is None:  # a stream whose features are not declared: its first row tells
+        names = list(next(iter(dataset.take(1)), {}))
+    if points_column not in names:
+        raise ValueError(f"`points_column` is {points_column!r}, but the data set has the columns {sorted(names)}.")
+
+
+def clouds_from_arrow(column: "pa.ChunkedArray", name: str = "points", first_row: int = 0) -> PointClouds:
+    """
+    Clouds of an Arrow column of lists of (x, y, z), checked.
+
+    float16 and float32 are kept. Others are centred before they become float32, so that large offsets do not eat the
+    shape.
+
+    Args:
+        column: lists of lists, or the `Array2D` type of `datasets`.
+        name: the column's name, for errors.
+        first_row: number of the first row, for errors.
+
+    Raises:
+        ValueError: if a row is not a finite `(n, 3)` array of distinct points.
+    """
+    parts = [_chunk_clouds(chunk, name, first_row + start) for chunk, start in _chunks(column)]
+    sizes = np.concatenate([size for _, size in parts])
+    return PointClouds(np.concatenate([values for values, _ in parts]), _offsets(sizes))
+
+
+def _chunks(column: "pa.ChunkedArray"):
+    """The chunks of a column that hold rows, plain arrays, each with the number of its first row."""
+    import pyarrow as pa
+
+    start = 0
+    for chunk in column.chunks:
+        if len(chunk):
+            yield chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk, start
+        start += len(chunk)
+
+
+def _chunk_clouds(chunk: "pa.Array", name: str, first_row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points `(total, 3)` and cloud sizes of one array of lists of lists."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def is_list(kind: pa.DataType) -> bool:
+        return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+    def error(row: int, problem: str) -> ValueError:
+        return ValueError(f"row {first_row + row} of column {name!r} {problem}.")
+
+    kind = chunk.type
+    if not (is_list(kind) and is_list(kind.value_type)) or is_list(kind.value_type.value_type):
+        raise error(0, f"is of type {kind}, expected points as lists of (x, y, z), shape (n, 3)")
+    if chunk.null_count:
+        raise error(int(np.argmax(chunk.is_null())), "is missing (null)")
+    sizes = pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64)
+    if not sizes.all():
+        raise error(int(np.argmin(sizes)), "is an empty cloud")
+    points = chunk.flatten()
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    widths = pc.fill_null(pc.list_value_length(points), 0).to_numpy(zero_copy_only=False)
+    if (widths != 3).any():
+        wrong = int(np.argmax(widths != 3))
+        raise error(int(owner[wrong]), f"has a point of {widths[wrong]} coordinates, expected shape (n, 3)")
+    values = points.flatten()
+    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        raise error(0, f"holds {values.type}, expected numbers")
+    if values.null_count:
+        raise error(int(owner[int(np.argmax(values.is_null())) // 3]), "has a missing (null) coordinate")
+    values = values.to_numpy(zero_copy_only=False).reshape(-1, 3)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        row = int(owner[np.argmin(finite)])
+        count = int((~np.isfinite(values[owner == row])).sum())
+        raise error(row, f"has {count} coordinates that are NaN or infinite")
+    starts = np.cumsum(sizes) - sizes
+    wide = values.astype(np.float32) if values.dtype == np.float16 else values  # reductions of float16 are slow
+    extent = np.maximum.reduceat(wide, starts) != np.minimum.reduceat(wide, starts)
+    if not extent.any(axis=1).all():
+        row = int(np.argmin(extent.any(axis=1)))
+        raise error(row, f"has all its {sizes[row]} points in one place")
+    if values.dtype not in (np.float16, np.float32):
+        means = np.add.reduceat(values.astype(np.float64), starts) / sizes[:, None]
+        values = (values - means[owner]).astype(np.float32)
+    return values, sizes
+
+
+def _offsets(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])

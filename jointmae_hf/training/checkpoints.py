@@ -1,0 +1,240 @@
+"""Checkpoints that are whole or absent, hold no pickle, and say when they are damaged.
+
+A checkpoint is a folder `checkpoint-STEP`:
+
+    config.json, model.safetensors    what `save_pretrained` writes: a model to load like any other
+    optimizer.safetensors             `PARAMETER.exp_avg` and so on, by the name of the parameter
+    trainer_state.json                step, arguments, losses so far, position in the stream
+    log.jsonl                         the log up to this step
+    manifest.json                     size and SHA-256 of each of them
+
+It is written under another name, flushed to the disk, and renamed. There is no pointer to the latest one that could
+be wrong: it is found by looking.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+LOG = "log.jsonl"
+MANIFEST = "manifest.json"
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = re.compile(r"checkpoint-\d+\.(partial|replaced)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, incomplete or damaged; the message names the file."""
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first. They may be damaged, never half-written."""
+    if not output_dir.is_dir():
+        return []
+    folders = [path for path in output_dir.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(folders, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step after which a checkpoint was written, by its name."""
+    return int(_NAME.fullmatch(path.name).group(1))
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """
+    The newest undamaged checkpoint of a run, or `None` if there is none at all. Warns of damaged ones that it passes.
+
+    Raises:
+        CheckpointError: if there are checkpoints, but all are damaged.
+    """
+    problems = []
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            logger.warning("%s The checkpoint before it is tried.", error)
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("No checkpoint can be used: " + " ".join(problems))
+    return None
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    log: Path | None = None,
+) -> Path:
+    """
+    Writes `output_dir/checkpoint-STEP`, whole or not at all.
+
+    Args:
+        output_dir: folder of the run.
+        step: optimizer steps done.
+        model: model, not wrapped.
+        optimizer: its optimizer; only its tensors are saved, its settings are arguments.
+        state: everything else that continuing needs, for JSON.
+        log: log of the run so far, copied along.
+    """
+    path = output_dir / f"checkpoint-{step}"
+    partial = path.with_name(path.name + ".partial")
+    remove_unfinished(output_dir)
+    partial.mkdir(parents=True)
+    save_model(model, partial)
+    save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+    (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    if log is not None and log.exists():
+        shutil.copyfile(log, partial / LOG)
+    files = sorted(partial.iterdir())
+    manifest = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for file in [*files, partial / MANIFEST, partial]:
+        _flush(file)
+    if path.exists():  # damaged, or later than the one that was resumed from
+        replaced = path.with_name(path.name + ".replaced")
+        path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(path)
+    _flush(output_dir)
+    return path
+
+
+def save_model(model: PreTrainedModel, folder: Path):
+    """`save_pretrained` without its progress bar, which would cut through that of training."""
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()
+
+
+def remove_old_checkpoints(output_dir: Path, keep: int | None):
+    """Removes all but the `keep` newest checkpoints; `None` keeps all."""
+    if keep is not None:
+        for path in list_checkpoints(output_dir)[:-keep]:
+            # Under another name first: a folder that is half removed must not look like a checkpoint.
+            replaced = path.with_name(path.name + ".replaced")
+            path.rename(replaced)
+            shutil.rmtree(replaced)
+
+
+def remove_unfinished(output_dir: Path):
+    """Removes what a killed run left of a checkpoint that it was writing or removing."""
+    if output_dir.is_dir():
+        for path in output_dir.iterdir():
+            if path.is_dir() and _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
+
+
+def verify_checkpoint(path: Path):
+    """
+    Compares every file of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, truncated or altered.
+    """
+    manifest = read_json(path / MANIFEST)
+    for name in (MODEL, OPTIMIZER, STATE):
+        if name not in manifest:
+            raise CheckpointError(f"{path / MANIFEST} does not list {name}.")
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing.")
+        if file.stat().st_size != expected["size"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, expected {expected['size']}.")
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one of the manifest.")
+
+
+def read_json(file: Path) -> Any:
+    """Reads a JSON file of a checkpoint; raises `CheckpointError` if it is missing or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}.") from error
+
+
+def load_weights(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
+    """
+    Puts the weights and the optimizer's tensors of a checkpoint into a model and its optimizer, in place.
+
+    Raises:
+        CheckpointError: if a file cannot be read or does not fit the model.
+    """
+    try:
+        model.load_state_dict(load_file(path / MODEL))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path / MODEL} cannot be loaded: {error}") from error
+    try:
+        tensors = load_file(path / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / OPTIMIZER} cannot be loaded: {error}") from error
+    optimizer.state.clear()
+    for name, parameter in model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{name}.{key}" not in tensors:
+                raise CheckpointError(f"{path / OPTIMIZER} lacks {name}.{key}.")
+            tensor = tensors[f"{name}.{key}"]
+            # AdamW counts its steps on the CPU.
+            optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of an optimizer's state, `PARAMETER.KEY`."""
+    return {
+        f"{name}.{key}": tensor.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, tensor in optimizer.state[parameter].items()
+    }
+
+
+def replace_file(file: Path, text: str):
+    """Writes a text file whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    _flush(partial)
+    partial.replace(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path):
+    """Has the operating system write a file, or the entries of a folder, to the disk now."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,697 @@
+"""Pre-training of Joint-MAE on Accelerate.
+
+Notable choices:
+
+- A run is a pure function of its arguments. Batches are a function of (seed, epoch, indices), the learning rate of the
+  step, and torch's generator is seeded anew at each step, so a resumed run repeats an uninterrupted one bit for bit.
+- `batch_size` counts the samples of an optimizer step. How they spread over processes and accumulation steps changes
+  the losses by rounding only (and by which samples stochastic depth drops, where there is any).
+- Losses are averaged over processes at each step in one tensor, which carries the wish to stop too: all processes see
+  a loss that is not finite, or a signal, at the same step. On a GPU that tensor is read one step late, so that nothing
+  waits for it.
+"""
+
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from json import dumps, loads
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+
+from .. import JointMAEConfig, JointMAEForPreTraining, JointMAEPointCloudProcessor
+from ..data.augmentation import STEPS, Augmentation, counter_generator
+from ..data.collation import EpochBatches, PreTrainingCollator, StreamBatches
+from ..data.loading import check_column, load_point_clouds, load_point_dataset, load_point_table
+from .arguments import PreTrainingArguments, build_config
+from .checkpoints import (
+    LOG,
+    MODEL,
+    STATE,
+    latest_checkpoint,
+    list_checkpoints,
+    load_weights,
+    read_json,
+    remove_old_checkpoints,
+    remove_unfinished,
+    replace_file,
+    save_checkpoint,
+    save_model,
+    verify_checkpoint,
+)
+from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
+
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+_TRACKERS = "runs"
+
+# Arguments that a resumed run must share with the one it continues. The data set is compared by content, the
+# configuration field by field; what is left (output, logging, workers, accumulation, ...) changes nothing or rounding.
+DECISIVE = (
+    "seed",
+    "batch_size",
+    "epochs",
+    "max_steps",
+    "split",
+    "points_column",
+    "streaming",
+    "scale_min",
+    "scale_max",
+    "max_shift",
+    "rotation",
+    "learning_rate",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "mixed_precision",
+)
+# Without an epoch's length, the losses of the result are means over this many last steps.
+_FINAL_STEPS_OF_STREAM = 100
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or the gradient became NaN or infinite; the message names the step, the term and the last checkpoint."""
+
+
+@dataclass
+class LossMeter:
+    """Sums of the losses over some steps."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, losses: dict[str, float]):
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in losses.items()}
+        self.count += 1
+
+    def mean(self) -> dict[str, float]:
+        return {name: total / self.count for name, total in self.sums.items()}
+
+
+@dataclass
+class Progress:
+    """
+    What a run has done so far; saved with each checkpoint.
+
+    Args:
+        step: optimizer steps.
+        seconds: time spent in them, interruptions left out.
+        since_log: losses since the last line of the log.
+        last_epoch: losses of the steps of the last epoch of the run.
+        position: of this process in its stream.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    since_log: LossMeter = field(default_factory=LossMeter)
+    last_epoch: LossMeter = field(default_factory=LossMeter)
+    position: dict[str, Any] | None = None
+
+
+def pretrain(arguments: PreTrainingArguments) -> dict[str, Any] | None:
+    """
+    Pre-trains a model, saves it, and reports on it.
+
+    Args:
+        arguments: what to do.
+
+    Returns:
+        What `result.json` in the output folder holds; `None` in all but the main process.
+
+    Raises:
+        ValueError: for arguments or data that cannot be used.
+        FileExistsError: if the output folder holds something and neither resuming nor overwriting was asked for.
+        CheckpointError: if the checkpoint to resume from is missing or damaged.
+        NonFiniteLossError: if a loss stopped being finite.
+        SystemExit: with code 128 + signal, after SIGINT or SIGTERM and the checkpoint that they cause.
+    """
+    return PreTrainer(arguments).run()
+
+
+class PreTrainer:
+    """One run of pre-training; use [`pretrain`]."""
+
+    def __init__(self, arguments: PreTrainingArguments):
+        self.arguments = arguments
+        self.output_dir = Path(arguments.output_dir)
+        if arguments.dataset is None:
+            raise ValueError("`dataset` is None, expected a name on the Hub, a folder or a parquet file.")
+        if arguments.evaluate and arguments.streaming:
+            logger.warning("A stream is not evaluated on: there will be no report.")
+        self.evaluates = arguments.evaluate and not arguments.streaming
+        if self.evaluates:
+            from ..evaluation import pretraining_report  # noqa: F401  fail before training, not after
+
+        self.config = build_config(arguments)
+        self.accelerator = self._build_accelerator()
+        self.is_main = self.accelerator.is_main_process
+        # On a GPU, a step's losses are read when the next one is under way.
+        self.lag = 0 if self.accelerator.device.type == "cpu" else 1
+        self.checkpoint = self._find_checkpoint()
+        self._load_data()
+        self._build_model()
+        self.progress = Progress() if self.checkpoint is None else self._resume(self.checkpoint)
+        self.unread: deque[tuple[int, torch.Tensor]] = deque()
+        self.losses: dict[str, float] = {}
+        self.grad_norm = math.nan
+        self.received_signal: int | None = None
+
+    # ---- Preparation
+
+    def _build_accelerator(self) -> Accelerator:
+        arguments = self.arguments
+        trackers = [name.strip() for name in arguments.report_to.split(",") if name.strip() not in ("", "none")]
+        accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            dynamo_backend="inductor" if arguments.compile else None,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / _TRACKERS)),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if len(accelerator.log_with) < len(trackers):
+            raise ValueError(f"`report_to` is {arguments.report_to!r}, but not all of these trackers are installed.")
+        if arguments.compile and arguments.grad_norm_steps:
+            # Compiled graphs else reuse memory that a second backward pass over the same graph needs.
+            torch._functorch.config.donated_buffer = False
+        return accelerator
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, undamaged, or `None`; refuses an output folder that holds something else."""
+        wanted, output_dir = self.arguments.resume_from_checkpoint, self.output_dir
+        present = set(os.listdir(output_dir)) if output_dir.is_dir() else set()
+        if wanted is None:
+            checkpoint = None
+        elif wanted == "latest":
+            checkpoint = latest_checkpoint(output_dir)
+            if checkpoint is None:
+                # A run that was killed before its first checkpoint left no more than this.
+                present -= {LOG, _TRACKERS} | {name for name in present if name.endswith(".partial")}
+                if self.is_main:
+                    logger.info("There is no checkpoint in %s yet: starting from the beginning.", output_dir)
+        else:
+            checkpoint = Path(wanted)
+            verify_checkpoint(checkpoint)
+        self.continues_here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+        if present and not self.continues_here and not self.arguments.overwrite_output_dir:
+            raise FileExistsError(
+                f"`output_dir` {output_dir} is not empty. Choose another one, continue its run with "
+                "--resume_from_checkpoint latest, or discard it with --overwrite_output_dir."
+            )
+        return checkpoint
+
+    def _load_data(self):
+        arguments = self.arguments
+        collator = PreTrainingCollator(
+            self.config,
+            Augmentation((arguments.scale_min, arguments.scale_max), arguments.max_shift, arguments.rotation),
+            arguments.seed,
+        )
+        self.layout = {
+            "batch_size": arguments.batch_size,
+            "num_processes": self.accelerator.num_processes,
+            "process_index": self.accelerator.process_index,
+            "accumulation": self.accelerator.gradient_accumulation_steps,
+        }
+        source = (arguments.dataset, arguments.split, arguments.streaming, arguments.dataset_config_name)
+        with self.accelerator.main_process_first():  # one process fills the cache of `datasets`
+            dataset = load_point_dataset(*source)
+        check_column(dataset, arguments.points_column)
+        if arguments.streaming:
+            self.data = StreamBatches(
+                dataset,
+                arguments.points_column,
+                collator,
+                shuffle_buffer_size=arguments.shuffle_buffer_size,
+                **self.layout,
+            )
+            self.fingerprint = {"name": arguments.dataset, "num_processes": self.accelerator.num_processes}
+            self.steps_per_epoch = None
+            self.total_steps = arguments.max_steps
+        else:
+            clouds = load_point_clouds(dataset, arguments.points_column)
+            self.data = EpochBatches(clouds, collator, **self.layout)
+            self.fingerprint = clouds.fingerprint()
+            self.steps_per_epoch = self.data.steps_per_epoch
+            self.total_steps = arguments.max_steps or max(1, round(arguments.epochs * self.steps_per_epoch))
+        self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
+        self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
+        if self.evaluates and self.is_main:
+            self.test_table = self._load_table(arguments.eval_split)
+
+    def _load_table(self, split: str):
+        arguments = self.arguments
+        return load_point_table(
+            arguments.dataset,
+            split,
+            arguments.points_column,
+            arguments.label_column,
+            self.config.num_points,
+            arguments.seed,
+            arguments.dataset_config_name,
+        )
+
+    def _build_model(self):
+        arguments = self.arguments
+        if arguments.model_name_or_path is not None and self.checkpoint is None:
+            self.raw_model = JointMAEForPreTraining.from_pretrained(arguments.model_name_or_path, config=self.config)
+            self.raw_model.train()
+        else:
+            self.raw_model = build_untrained_model(self.config, arguments.seed)
+        self.raw_optimizer = build_optimizer(
+            self.raw_model,
+            arguments.learning_rate,
+            arguments.weight_decay,
+            (arguments.adam_beta1, arguments.adam_beta2),
+        )
+        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
+        self.shared_encoder = list(self.raw_model.joint_mae.layers.parameters())
+        config = self.config
+        self.loss_weights = {"loss_3d": config.point_loss_weight}
+        if config.use_image_branch:
+            self.loss_weights["loss_2d"] = config.pixel_loss_weight
+            if config.use_cross_loss:
+                self.loss_weights["loss_cross"] = config.cross_loss_weight
+        # In the order in which a value that is not finite is blamed: the total comes after its terms.
+        self.terms = [*self.loss_weights, "loss"]
+
+    def _resume(self, checkpoint: Path) -> Progress:
+        state = read_json(checkpoint / STATE)
+        self._check_same_run(checkpoint, state)
+        load_weights(checkpoint, self.raw_model, self.raw_optimizer)
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        position = None
+        if self.arguments.streaming:
+            position = self.data.position = state["positions"][self.accelerator.process_index]
+        return Progress(
+            step=state["step"],
+            seconds=state["seconds"],
+            since_log=LossMeter(**state["since_log"]),
+            last_epoch=LossMeter(**state["last_epoch"]),
+            position=position,
+        )
+
+    def _prepare_output_dir(self):
+        """Clears what an earlier run left, and sets the log back to the checkpoint: later steps are written again."""
+        self.accelerator.wait_for_everyone()  # nobody still looks for a checkpoint
+        if not self.is_main:
+            return
+        if not self.continues_here:
+            remove_earlier_run(self.output_dir)
+        remove_unfinished(self.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint is not None:
+            saved = self.checkpoint / LOG
+            replace_file(self.output_dir / LOG, saved.read_text() if saved.exists() else "")
+            logger.info("Resuming from %s.", self.checkpoint)
+
+    def _check_same_run(self, checkpoint: Path, state: dict[str, Any]):
+        """Raises `ValueError`, naming the argument, if a checkpoint is of a run with other decisive arguments."""
+
+        def refuse(name: str, value: Any, expected: Any):
+            raise ValueError(
+                f"`{name}` is {value!r}, but {checkpoint} was made with {expected!r}. Resume with the same value, or "
+                "start a new run from its weights with --model_name_or_path."
+            )
+
+        names = DECISIVE + (("shuffle_buffer_size",) if self.arguments.streaming else ())
+        for name in names:
+            if getattr(self.arguments, name) != state["arguments"][name]:
+                refuse(name, getattr(self.arguments, name), state["arguments"][name])
+        if self.fingerprint != state["dataset"]:
+            refuse("dataset", f"{self.arguments.dataset} ({self.fingerprint})", state["dataset"])
+        config = config_fields(self.config)
+        for name, expected in config_fields(JointMAEConfig.from_pretrained(checkpoint)).items():
+            if config[name] != expected:
+                refuse(f"config.{name}", config[name], expected)
+
+    # ---- Training
+
+    def run(self) -> dict[str, Any] | None:
+        self._prepare_output_dir()
+        if self.arguments.report_to != "none":
+            self.accelerator.init_trackers("joint-mae-pretraining", config=self._tracked_arguments())
+        with self._stop_on_signals():
+            self._train()
+        result = self._finish() if self.is_main else None
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return result
+
+    def _train(self):
+        arguments, progress = self.arguments, self.progress
+        batches = self._batches()
+        started = time.perf_counter() - progress.seconds
+        logged = (progress.step - progress.since_log.count, progress.seconds)
+        bar = tqdm(total=self.total_steps, initial=progress.step, disable=not self.is_main, unit="step")
+        self.raw_model.train()
+        for step in range(progress.step + 1, self.total_steps + 1):
+            is_last = step == self.total_steps
+            logs = step % arguments.logging_steps == 0 or is_last
+            saves = is_last or (arguments.save_steps > 0 and step % arguments.save_steps == 0)
+            measures = arguments.grad_norm_steps > 0 and (step == 1 or step % arguments.grad_norm_steps == 0)
+
+            values, grad_norms = self._training_step(step, batches, measures)
+            self.unread.append((step, values))
+            stops = self._read_losses(everything=logs or saves or measures)
+            if stops:
+                self._read_losses(everything=True)
+            progress.step = step
+            progress.seconds = time.perf_counter() - started
+            bar.set_postfix(self._postfix(bar), refresh=False)
+            bar.update()
+
+            if logs or measures:
+                samples = (step - logged[0]) * arguments.batch_size
+                self._log(step, grad_norms, samples / (progress.seconds - logged[1]))
+                logged = (step, progress.seconds)
+            if saves or stops:
+                self._save()
+            if stops and not is_last:
+                bar.close()
+                self._exit_on_signal()
+        bar.close()
+
+    def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any] | None]]:
+        """The batches of this process from the current step on."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        workers = self.arguments.num_workers
+        workers = (2 if on_gpu else 0) if workers is None else workers
+        sampler = None
+        if self.arguments.streaming:
+            workers = min(workers, 1)  # several would read the stream in another order
+        else:
+            accumulation = self.layout["accumulation"]
+            sampler = range(self.progress.step * accumulation, self.total_steps * accumulation)
+        loader = DataLoader(
+            self.data,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            worker_init_fn=_leave_process_group,
+        )
+        return iter(loader)
+
+    def _training_step(self, step: int, batches: Iterator, measures: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        """
+        One optimizer step.
+
+        Returns:
+            The losses of `self.terms`, the norm of the gradient, and whether any process wants to stop, in one tensor
+            averaged over processes; and the gradient norms of the single losses if asked for.
+        """
+        accelerator, arguments = self.accelerator, self.arguments
+        device, accumulation = accelerator.device, self.layout["accumulation"]
+        torch.manual_seed(step_seed(arguments.seed, step, accelerator.process_index))
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = self._learning_rate(step)
+        total, grad_norms = torch.zeros(len(self.terms), device=device), {}
+        for part in range(accumulation):
+            batch, self.progress.position = next(batches)
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            with accelerator.accumulate(self.model):
+                outputs = self.model(**batch)
+                if measures and part == 0:
+                    losses = {name: weight * outputs[name] for name, weight in self.loss_weights.items()}
+                    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+                    grad_norms = loss_gradient_norms(losses, self.shared_encoder, scale)
+                accelerator.backward(outputs.loss)
+                total += torch.stack([outputs[name].detach().float() for name in self.terms]) / accumulation
+        grad_norm = accelerator.clip_grad_norm_(self.raw_model.parameters(), arguments.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        stop = torch.tensor(float(self.received_signal is not None), device=device)
+        values = torch.cat([total, torch.stack([grad_norm.detach().float().to(device), stop])])
+        return accelerator.reduce(values, reduction="mean"), grad_norms
+
+    def _read_losses(self, everything: bool) -> bool:
+        """Takes account of the losses that are due; returns whether a process wants to stop."""
+        stops = False
+        while len(self.unread) > (0 if everything else self.lag):
+            step, values = self.unread.popleft()
+            *losses, grad_norm, stop = values.tolist()
+            losses = dict(zip(self.terms, losses, strict=True))
+            self._check_finite(step, losses, grad_norm)
+            self.losses, self.grad_norm = losses, grad_norm
+            self.progress.since_log.add(losses)
+            if step > self.total_steps - self.final_steps:
+                self.progress.last_epoch.add(losses)
+            stops = stops or stop > 0
+        return stops
+
+    def _postfix(self, bar: tqdm) -> dict[str, str]:
+        """What the progress bar shows beside the steps."""
+        shown = {name: f"{value:.4f}" for name, value in self.losses.items()}
+        shown["lr"] = f"{self._learning_rate(self.progress.step):.1e}"
+        if bar.format_dict["rate"]:
+            shown["samples/s"] = f"{bar.format_dict['rate'] * self.arguments.batch_size:.0f}"
+        return shown
+
+    def _check_finite(self, step: int, losses: dict[str, float], grad_norm: float):
+        values = dict(losses)
+        if self.accelerator.scaler is None:  # a scaler tries scales that are too large, and skips their steps
+            values["gradient norm"] = grad_norm
+        for name, value in values.items():
+            if not math.isfinite(value):
+                last = latest_checkpoint(self.output_dir)
+                kept = "There is no checkpoint yet." if last is None else f"The last good checkpoint is {last}."
+                raise NonFiniteLossError(
+                    f"{name} is {value} at step {step}. Training stopped and saved nothing since. {kept}"
+                )
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate_at(step, self.total_steps, self.warmup_steps, self.arguments.learning_rate)
+
+    def _log(self, step: int, grad_norms: dict[str, float], samples_per_second: float):
+        """A line of the log: means since the last one."""
+        epoch = None if self.steps_per_epoch is None else round(step / self.steps_per_epoch, 4)
+        record: dict[str, Any] = {"step": step, "samples": step * self.arguments.batch_size, "epoch": epoch}
+        record |= self.progress.since_log.mean()
+        record |= {"grad_norm_" + name.removeprefix("loss_"): norm for name, norm in grad_norms.items()}
+        record["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
+        record["lr"] = self._learning_rate(step)
+        record["samples_per_second"] = round(samples_per_second, 2)
+        record["seconds"] = round(self.progress.seconds, 2)
+        self.progress.since_log = LossMeter()
+        if self.is_main:
+            with (self.output_dir / LOG).open("a") as log:
+                log.write(dumps(record) + "\n")
+        tracked = {name: value for name, value in record.items() if name != "step" and value is not None}
+        self.accelerator.log(tracked, step=step)
+
+    def _save(self):
+        progress = self.progress
+        positions = gather_object([progress.position]) if self.arguments.streaming else None
+        if self.is_main:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": progress.step,
+                "seconds": progress.seconds,
+                "arguments": asdict(self.arguments),
+                "dataset": self.fingerprint,
+                "since_log": asdict(progress.since_log),
+                "last_epoch": asdict(progress.last_epoch),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "positions": positions,
+                "versions": versions(),
+            }
+            log = self.output_dir / LOG
+            save_checkpoint(self.output_dir, progress.step, self.raw_model, self.raw_optimizer, state, log)
+            remove_old_checkpoints(self.output_dir, self.arguments.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    # ---- Signals
+
+    @contextmanager
+    def _stop_on_signals(self):
+        """SIGINT and SIGTERM are remembered, for the end of the step; a second SIGINT interrupts at once."""
+
+        def remember(number: int, frame: Any):
+            self.received_signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _exit_on_signal(self):
+        number = self.received_signal or signal.SIGTERM  # another process may have received it
+        if self.is_main:
+            logger.warning(
+                "Stopped by %s after step %d; everything is in %s. Continue with --resume_from_checkpoint latest and "
+                "the same arguments.",
+                signal.Signals(number).name,
+                self.progress.step,
+                self.output_dir / f"checkpoint-{self.progress.step}",
+            )
+        self.accelerator.end_training()
+        raise SystemExit(128 + number)
+
+    # ---- The end
+
+    def _finish(self) -> dict[str, Any]:
+        """Saves the model, evaluates it, and writes the result."""
+        arguments, progress = self.arguments, self.progress
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        model.eval()
+        self._save_model(model)
+        result = {
+            "command": shlex.join(sys.argv),
+            "seed": arguments.seed,
+            "arguments": asdict(arguments),
+            "config": config_fields(self.config),
+            "dataset": self.fingerprint,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "device": device_name(self.accelerator.device),
+            "num_processes": self.accelerator.num_processes,
+            "steps": progress.step,
+            "seconds": round(progress.seconds, 2),
+            "samples_per_second": round(progress.step * arguments.batch_size / progress.seconds, 2),
+            "final_losses": progress.last_epoch.mean(),
+            "report": self._report(model) if self.evaluates else None,
+        }
+        replace_file(self.output_dir / RESULT, dumps(result, indent=2) + "\n")
+        logger.info("The model and %s are in %s.", RESULT, self.output_dir)
+        if arguments.push_to_hub:
+            self._push_to_hub()
+        return result
+
+    def _save_model(self, model: JointMAEForPreTraining):
+        config = self.config
+        processor = JointMAEPointCloudProcessor(
+            num_points=config.num_points, image_size=config.image_size, splat_size=config.splat_size
+        )
+        staging = self.output_dir / "model.partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        save_model(model, staging)
+        processor.save_pretrained(staging)
+        for file in sorted(staging.iterdir()):
+            file.replace(self.output_dir / file.name)
+        staging.rmdir()
+
+    def _report(self, model: JointMAEForPreTraining) -> dict[str, Any]:
+        from ..evaluation import pretraining_report
+
+        untrained = build_untrained_model(self.config, self.arguments.seed).to(self.accelerator.device).eval()
+        train = self._load_table(self.arguments.split)
+        # ---- The one call of evaluation.
+        return pretraining_report(
+            model,
+            untrained,
+            train=train,
+            test=self.test_table,
+            output_dir=self.output_dir,
+            seed=self.arguments.seed,
+        )
+
+    def _push_to_hub(self):
+        from huggingface_hub import HfApi
+
+        arguments, api = self.arguments, HfApi()
+        api.create_repo(arguments.hub_model_id, private=arguments.hub_private_repo, exist_ok=True)
+        url = api.upload_folder(
+            repo_id=arguments.hub_model_id,
+            folder_path=self.output_dir,
+            ignore_patterns=["checkpoint-*", "*.partial*", f"{_TRACKERS}/*"],
+            commit_message=f"Pre-trained for {self.progress.step} steps",
+        )
+        logger.info("Uploaded to %s.", url)
+
+    def _tracked_arguments(self) -> dict[str, Any]:
+        """Arguments as trackers take them: numbers, strings and booleans."""
+        return {name: "none" if value is None else value for name, value in asdict(self.arguments).items()}
+
+
+def _leave_process_group(worker: int):
+    """Ctrl-C and launchers signal a whole group; processes that prepare batches must live to the end of the step."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def build_untrained_model(config: JointMAEConfig, seed: int) -> JointMAEForPreTraining:
+    """A new model in training mode; its weights are a function of configuration and seed."""
+    torch.manual_seed(seed)
+    return JointMAEForPreTraining(config).train()
+
+
+def step_seed(seed: int, step: int, process_index: int) -> int:
+    """Seed of torch's generator for one optimizer step of one process."""
+    return int(counter_generator(seed, STEPS, step, process_index).integers(2**63))
+
+
+def remove_earlier_run(output_dir: Path):
+    """Removes checkpoints, log, result and model of an earlier run; other files stay."""
+    remove_unfinished(output_dir)
+    for path in list_checkpoints(output_dir):
+        shutil.rmtree(path)
+    shutil.rmtree(output_dir / _TRACKERS, ignore_errors=True)
+    for pattern in (LOG, RESULT, MODEL, "config.json", "preprocessor_config.json", "*_joint_mae.py"):
+        for file in output_dir.glob(pattern):
+            file.unlink()
+
+
+def config_fields(config: JointMAEConfig) -> dict[str, Any]:
+    """The fields that Joint-MAE adds to a configuration, as JSON has them."""
+    names = {f.name for f in fields(JointMAEConfig)} - {f.name for f in fields(PreTrainedConfig)}
+    return loads(dumps({name: getattr(config, name) for name in sorted(names)}))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in ("jointmae_hf", "torch", "transformers", "accelerate", "datasets", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from its source folder
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What the run computed on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str | None:
+    """Commit of the source that runs, where it runs from a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,624 @@
+"""Pre-training: what a run repeats exactly, what it survives, and what it refuses.
+
+Runs that are killed live in processes of their own; a fork server that has imported the package makes them cheap.
+"""
+
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
+from jointmae_hf.data.augmentation import Augmentation
+from jointmae_hf.data.collation import EpochBatches, PreTrainingCollator
+from jointmae_hf.data.loading import load_point_clouds, load_point_dataset
+from jointmae_hf.training import CheckpointError, NonFiniteLossError, PreTrainingArguments, checkpoints, pretrain
+from jointmae_hf.training.arguments import build_config, parse_config_overrides
+from jointmae_hf.training.optimization import build_optimizer, learning_rate_at, loss_gradient_norms, parameter_groups
+from jointmae_hf.training.pretraining import build_untrained_model
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
+
+CONFIG = (
+    "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,num_points=64,num_centers=[16,8],"
+    "num_neighbors=[8,4],point_embed_sizes=[16,32],image_size=16,patch_strides=[2,2],image_embed_sizes=[16,32],"
+    "decoder_hidden_size=16,decoder_num_attention_heads=2,decoder_intermediate_size=32,decoder_num_shared_layers=1,"
+    "num_target_points=8"
+)
+# All that is random: what a resumed run could get wrong.
+RANDOM_CONFIG = CONFIG + ",drop_path_rate=0.3,modality_dropout=0.3"
+# What differs between two runs of the same: how long they took.
+TIMES = {"seconds", "samples_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_accelerator():
+    """Sums depend on the number of threads, and Accelerate keeps its first settings for the life of a process."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> str:
+    """40 boxes and ellipsoids of unequal size."""
+    generator = np.random.default_rng(0)
+    clouds = []
+    for _ in range(40):
+        cloud = generator.normal(size=(int(generator.integers(60, 130)), 3))
+        cloud /= np.linalg.norm(cloud, axis=1, keepdims=True)
+        clouds.append((cloud * generator.uniform(0.3, 1, 3)).astype(np.float32))
+    features = datasets.Features(
+        {"points": datasets.Array2D((None, 3), "float32"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = datasets.Dataset.from_dict({"points": clouds, "label": [0, 1] * 20}, features=features)
+    folder = tmp_path_factory.mktemp("data")
+    rows.to_parquet(folder / "train.parquet")
+    rows.select(range(8)).to_parquet(folder / "test.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def make(dataset, tmp_path):
+    """Arguments of a short run; `make("name")` is a run in a folder of that name."""
+
+    def make(name: str, **overrides) -> PreTrainingArguments:
+        return PreTrainingArguments(
+            **{
+                "dataset": dataset,
+                "output_dir": str(tmp_path / name),
+                "config_overrides": CONFIG,
+                "max_steps": 10,
+                "batch_size": 8,
+                "save_steps": 3,
+                "logging_steps": 2,
+                "grad_norm_steps": 4,
+                "evaluate": False,
+                **overrides,
+            }
+        )
+
+    return make
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def log(folder) -> list[dict]:
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+def assert_same_run(folder, expected):
+    """The same losses at the same steps, none twice, and the same weights, all bit for bit."""
+    assert log(folder) == log(expected)
+    found, wanted = weights(folder), weights(expected)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def assert_close_run(folder, expected):
+    for found, wanted in zip(log(folder), log(expected), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    found = weights(folder)
+    for name, wanted in weights(expected).items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+# ---- Runs in other processes
+
+
+@pytest.fixture(scope="session")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jointmae_hf.training.pretraining", "test_training"])
+    return context
+
+
+def train_in_child(arguments: PreTrainingArguments, environment: dict[str, str] | None = None):
+    os.environ.update(environment or {})
+    os.setpgrp()
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as without a fork server
+    torch.set_num_threads(1)
+    pretrain(arguments)
+
+
+def train_until_event(arguments: PreTrainingArguments, number: int):
+    """Kills the process just before it touches the disk for the `number`-th time on behalf of a checkpoint."""
+    events = 0
+
+    def deadly(function):
+        def wrapper(*args, **kwargs):
+            nonlocal events
+            events += 1
+            if events == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    checkpoints._flush = deadly(checkpoints._flush)
+    checkpoints.save_file = deadly(checkpoints.save_file)
+    checkpoints.shutil.rmtree = deadly(checkpoints.shutil.rmtree)
+    Path.rename = deadly(Path.rename)
+    train_in_child(arguments)
+
+
+def ended(process, seconds=60) -> int:
+    """Exit code of a process that has to end by itself."""
+    process.join(seconds)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        pytest.fail("the process did not end")
+    return process.exitcode
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process_lives(process), "the run ended too early"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.002)
+
+
+def process_lives(process) -> bool:
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+
+
+def test_the_script_killed_at_any_moment_and_resumed_repeats_the_uninterrupted_run(make):
+    common = {"config_overrides": RANDOM_CONFIG, "max_steps": 60, "save_steps": 7}
+    straight, killed = make("straight", **common), make("killed", **common)
+    options = [f"--{name}={getattr(killed, name)}" for name in ("dataset", "output_dir", *common)]
+    options += ["--batch_size=8", "--logging_steps=2", "--grad_norm_steps=4", "--no_evaluate"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *options], env=environment, stderr=subprocess.DEVNULL)
+    pretrain(straight)
+    first = Path(killed.output_dir) / "checkpoint-7"
+    wait_for(first.exists, process)
+    time.sleep(random.random() * 0.3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (Path(killed.output_dir) / "result.json").exists()
+    pretrain(make("killed", **common, resume_from_checkpoint="latest"))
+    assert_same_run(killed.output_dir, straight.output_dir)
+
+
+def test_a_run_killed_at_every_touch_of_the_disk_repeats_the_uninterrupted_one(make, processes):
+    common = {"config_overrides": RANDOM_CONFIG, "save_total_limit": 1, "max_steps": 7}
+    straight = make("straight", **common)
+    pretrain(straight)
+    killed = make("killed", **common, resume_from_checkpoint="latest")
+    for number in range(1, 60, 2):
+        process = processes.Process(target=train_until_event, args=(killed, number))
+        process.start()
+        code = ended(process)
+        complete = checkpoints.list_checkpoints(Path(killed.output_dir))
+        for path in complete:
+            checkpoints.verify_checkpoint(path)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert number > 11, "no run was killed in the second part of writing a checkpoint"
+    assert_same_run(killed.output_dir, straight.output_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processes, number):
+    common = {"config_overrides": RANDOM_CONFIG, "max_steps": 40, "save_steps": 0, "num_workers": 1}
+    straight, stopped = make("straight", **common), make("stopped", **common)
+    process = processes.Process(target=train_in_child, args=(stopped,))
+    process.start()
+    wait_for((Path(stopped.output_dir) / "log.jsonl").exists, process)
+    os.killpg(process.pid, number)  # the whole group, as schedulers and terminals do
+    assert ended(process) == 128 + number
+    (checkpoint,) = checkpoints.list_checkpoints(Path(stopped.output_dir))
+    assert 0 < checkpoints.checkpoint_step(checkpoint) < 40
+    assert not (Path(stopped.output_dir) / "model.safetensors").exists()
+    pretrain(straight)
+    pretrain(make("stopped", **common, resume_from_checkpoint=str(checkpoint)))
+    assert_same_run(stopped.output_dir, straight.output_dir)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_two_processes_train_as_one(make, processes, streaming):
+    # A pass of 40 rows is five batches: beyond one pass of the stream too.
+    common = {"streaming": streaming, "shuffle_buffer_size": 0, "max_grad_norm": 0.1}
+    one = make("one", **common)
+    pretrain(one)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    pair = []
+    for rank in range(2):
+        settings = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        two = make("two", **common, gradient_accumulation_steps=2)
+        pair.append(processes.Process(target=train_in_child, args=(two, settings)))
+        pair[-1].start()
+    assert [ended(process) for process in pair] == [0, 0]
+    result = json.loads((Path(two.output_dir) / "result.json").read_text())
+    assert result["num_processes"] == 2
+    # Gradient norms of single losses are of a part of the batch; the rest must agree.
+    for folder in (one.output_dir, two.output_dir):
+        lines = [{k: v for k, v in line.items() if not k.startswith("grad_norm_")} for line in log(folder)]
+        (Path(folder) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert_close_run(two.output_dir, one.output_dir)
+
+
+# ---- Exactness in one process
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_a_run_resumed_in_the_middle_of_an_epoch_and_of_a_line_of_the_log_is_exact(make, streaming):
+    common = {"config_overrides": RANDOM_CONFIG, "streaming": streaming, "shuffle_buffer_size": 16}
+    common["save_total_limit"] = None
+    straight = make("straight", **common)
+    pretrain(straight)
+    for step in (3, 9):
+        resumed = Path(make("resumed").output_dir)
+        shutil.rmtree(resumed, ignore_errors=True)
+        shutil.copytree(straight.output_dir, resumed)
+        shutil.rmtree(resumed / "checkpoint-10")
+        result = pretrain(make("resumed", **common, resume_from_checkpoint=str(resumed / f"checkpoint-{step}")))
+        assert_same_run(resumed, straight.output_dir)
+        original = json.loads((Path(straight.output_dir) / "result.json").read_text())
+        assert result["final_losses"] == original["final_losses"]
+
+
+def test_a_checkpoint_can_be_continued_in_another_folder(make):
+    straight = make("straight")
+    pretrain(straight)
+    pretrain(make("elsewhere", resume_from_checkpoint=str(Path(straight.output_dir) / "checkpoint-9")))
+    assert_same_run(make("elsewhere").output_dir, straight.output_dir)
+
+
+def test_workers_change_nothing(make):
+    pretrain(make("none"))
+    pretrain(make("some", num_workers=2))
+    assert_same_run(make("some").output_dir, make("none").output_dir)
+
+
+def test_accumulated_parts_train_as_the_whole_batch(make):
+    pretrain(make("whole", max_grad_norm=0.1, grad_norm_steps=0))
+    pretrain(make("parts", max_grad_norm=0.1, grad_norm_steps=0, gradient_accumulation_steps=4))
+    assert_close_run(make("parts").output_dir, make("whole").output_dir)
+
+
+def test_measuring_gradients_does_not_disturb_training(make):
+    pretrain(make("measured", grad_norm_steps=1))
+    pretrain(make("plain", grad_norm_steps=0))
+    found, wanted = weights(make("measured").output_dir), weights(make("plain").output_dir)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_another_seed_is_another_run(make):
+    pretrain(make("zero", max_steps=2))
+    pretrain(make("one", max_steps=2, seed=1))
+    assert log(make("zero").output_dir)[0]["loss"] != log(make("one").output_dir)[0]["loss"]
+
+
+def test_the_result_and_the_log_hold_what_happened(make):
+    result = pretrain(make("run", epochs=2, max_steps=None))
+    assert result == json.loads((Path(make("run").output_dir) / "result.json").read_text())
+    assert result["steps"] == 10 and result["seconds"] > 0 and result["samples_per_second"] > 0
+    assert result["arguments"]["batch_size"] == 8 and result["config"]["hidden_size"] == 32
+    assert {"python", "torch", "transformers"} <= result["versions"].keys()
+    lines = log(make("run").output_dir)
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 8, 10]
+    assert [line["epoch"] for line in lines] == [0.2, 0.4, 0.8, 1.2, 1.6, 2.0]
+    measured = [line["step"] for line in lines if "grad_norm_3d" in line]
+    assert measured == [1, 4, 8]
+    assert all(line["loss"] == pytest.approx(sum(line[f"loss_{t}"] for t in ("3d", "2d", "cross"))) for line in lines)
+    # The last epoch is steps 6 to 10; a line holds the mean of its two steps.
+    means = [line["loss"] for line in lines[-2:]]
+    assert min(means) * 0.8 < result["final_losses"]["loss"] < max(means) * 1.2
+
+
+def test_a_saved_run_is_a_model_to_load_and_holds_no_pickle(make):
+    arguments = make("run")
+    pretrain(arguments)
+    files = [path for path in Path(arguments.output_dir).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".py"}
+    assert [path.name for path in checkpoints.list_checkpoints(Path(arguments.output_dir))] == [
+        "checkpoint-9",
+        "checkpoint-10",
+    ]
+    final = weights(arguments.output_dir)
+    for folder in (arguments.output_dir, Path(arguments.output_dir) / "checkpoint-10"):
+        state = JointMAEForPreTraining.from_pretrained(folder).state_dict()
+        assert all(torch.equal(state[name], final[name]) for name in final)
+
+
+def test_training_can_start_from_the_weights_of_a_model(make):
+    pretrain(make("first"))
+    first = make("first").output_dir
+    pretrain(make("second", model_name_or_path=first, config_overrides="pixel_loss_weight=0.5", learning_rate=1e-12))
+    assert json.loads((Path(make("second").output_dir) / "config.json").read_text())["pixel_loss_weight"] == 0.5
+    torch.testing.assert_close(weights(make("second").output_dir), weights(first))
+
+
+def test_evaluation_gets_the_model_an_untrained_one_and_both_splits(make, monkeypatch):
+    calls = []
+
+    class Evaluation:
+        @staticmethod
+        def pretraining_report(model, untrained, train, test, output_dir, seed):
+            calls.append((model, untrained, train, test, output_dir, seed))
+            return {"accuracy": 0.5}
+
+    monkeypatch.setitem(sys.modules, "jointmae_hf.evaluation", Evaluation)
+    arguments = make("run", evaluate=True, max_steps=2, seed=3)
+    assert pretrain(arguments)["report"] == {"accuracy": 0.5}
+    ((model, untrained, train, test, output_dir, seed),) = calls
+    assert train.points.shape == (40, 64, 3) and test.points.shape == (8, 64, 3)
+    assert train.labels.tolist() == [0, 1] * 20 and test.class_names == ["a", "b"]
+    assert output_dir == Path(arguments.output_dir) and seed == 3
+    assert not model.training and not untrained.training
+    start = build_untrained_model(build_config(arguments), 3).state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in untrained.state_dict().items())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_the_2d_branch_training_goes_on_in_3d(make):
+    pretrain(make("run", config_overrides=CONFIG + ",use_image_branch=false", max_steps=2))
+    assert "loss_3d" in log(make("run").output_dir)[0] and "loss_2d" not in log(make("run").output_dir)[0]
+
+
+# ---- Failures
+
+
+@pytest.mark.parametrize("term", ["loss_3d", "loss_2d"])
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(make, monkeypatch, term):
+    method = {"loss_3d": "_point_loss", "loss_2d": "_patch_loss"}[term]
+    original, calls = getattr(JointMAEForPreTraining, method), []
+
+    def break_at_step_5(self, *args):
+        calls.append(1)
+        return original(self, *args) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(JointMAEForPreTraining, method, break_at_step_5)
+    with pytest.raises(NonFiniteLossError, match=rf"{term} is nan at step 5.*checkpoint-3"):
+        pretrain(make("run"))
+    assert len(calls) == 5
+    folder = Path(make("run").output_dir)
+    assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["checkpoint-3"]
+    checkpoints.verify_checkpoint(folder / "checkpoint-3")
+    assert not (folder / "result.json").exists() and not (folder / "model.safetensors").exists()
+    assert all(tensor.isfinite().all() for tensor in weights(folder / "checkpoint-3").values())
+
+
+def test_a_gradient_that_is_not_finite_stops_training(make, monkeypatch):
+    original = JointMAEForPreTraining._point_loss
+
+    def infinite_slope(self, offsets, *args):
+        return original(self, offsets, *args) + (offsets - offsets.detach()).abs().sqrt().sum()
+
+    monkeypatch.setattr(JointMAEForPreTraining, "_point_loss", infinite_slope)
+    with pytest.raises(NonFiniteLossError, match="gradient norm is .* at step 1.*no checkpoint yet"):
+        pretrain(make("run"))
+
+
+def flip_a_byte(file: Path):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-7]), "has .* bytes, expected"),
+    "flipped": (flip_a_byte, "is damaged"),
+    "missing": (lambda file: file.unlink(), "is missing|cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(tmp_path, name, damage):
+    model = torch.nn.Linear(2, 2)
+    model.save_pretrained = lambda folder: (folder / "model.safetensors").write_bytes(bytes(100))
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, {"step": 1})
+    checkpoints.verify_checkpoint(path)
+    breaks, message = DAMAGES[damage]
+    breaks(path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} ({message})"):
+        checkpoints.verify_checkpoint(path)
+
+
+def test_latest_falls_back_to_the_checkpoint_before_a_damaged_one(make, caplog):
+    straight = make("straight")
+    pretrain(straight)
+    pretrain(make("run"))
+    folder = Path(make("run").output_dir)
+    flip_a_byte(folder / "checkpoint-10" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="checkpoint-10/model.safetensors is damaged"):
+        pretrain(make("run", resume_from_checkpoint=str(folder / "checkpoint-10")))
+    pretrain(make("run", resume_from_checkpoint="latest"))
+    assert "checkpoint-10/model.safetensors is damaged" in caplog.text
+    assert_same_run(folder, straight.output_dir)
+    checkpoints.verify_checkpoint(folder / "checkpoint-10")  # written again
+    for path in checkpoints.list_checkpoints(folder):
+        (path / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="No checkpoint can be used"):
+        pretrain(make("run", resume_from_checkpoint="latest"))
+
+
+def test_resuming_with_other_decisive_arguments_is_refused_by_their_names(make, tmp_path, dataset):
+    pretrain(make("run", max_steps=3))
+    other = tmp_path / "other.parquet"
+    load_point_dataset(dataset).select(range(30)).to_parquet(other)
+    before = {path: path.read_bytes() for path in Path(make("run").output_dir).rglob("*") if path.is_file()}
+    for name, value in {
+        "seed": 1,
+        "batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-4,
+        "max_shift": 0.1,
+        "dataset": str(other),
+        "config_overrides": CONFIG + ",mask_ratio=0.5",
+    }.items():
+        expected = "config.mask_ratio" if name == "config_overrides" else name
+        with pytest.raises(ValueError, match=f"`{expected}` is .* was made with"):
+            pretrain(make("run", **{"max_steps": 3, name: value, "resume_from_checkpoint": "latest"}))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_an_output_folder_in_use_is_refused_unless_it_may_be_overwritten(make):
+    folder = Path(make("run").output_dir)
+    pretrain(make("run", max_steps=2))
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite_output_dir"):
+        pretrain(make("run", max_steps=1))
+    pretrain(make("run", max_steps=1, overwrite_output_dir=True))
+    assert [line["step"] for line in log(folder)] == [1]
+    assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["checkpoint-1"]
+    assert (folder / "notes.txt").read_text() == "mine"
+    shutil.rmtree(folder / "checkpoint-1")
+    with pytest.raises(FileExistsError):  # a finished run without checkpoints is no run to continue
+        pretrain(make("run", resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"points_column": "xyz"}, r"`points_column` is 'xyz', but .* \['label', 'points'\]"),
+        ({"points_column": "xyz", "streaming": True}, r"`points_column` is 'xyz', but .* \['label', 'points'\]"),
+        ({"batch_size": 9, "gradient_accumulation_steps": 2}, "`batch_size` is 9"),
+        ({"batch_size": 64}, "`batch_size` is 64, but the data set has only 40 clouds"),
+        ({"preset": "huge"}, "huge"),
+        ({"report_to": "wandb"}, "`report_to` is 'wandb'"),
+        ({"dataset": None}, "`dataset` is None"),
+        ({"split": "validation"}, "validation"),
+    ],
+)
+def test_unusable_arguments_are_refused_before_training(make, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(make("run", **wrong))
+    assert not Path(make("run").output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"warmup_ratio": 1.0},
+        {"seed": -1},
+        {"max_steps": None, "streaming": True},
+        {"push_to_hub": True},
+        {"config_name": "a", "model_name_or_path": "b"},
+    ],
+)
+def test_contradictory_arguments_are_refused(make, wrong):
+    name = {"push_to_hub": "hub_model_id"}.get(next(iter(wrong)), next(iter(wrong)))
+    with pytest.raises(ValueError, match=f"`{name}` is"):
+        make("run", **wrong)
+
+
+# ---- Parts
+
+
+def test_one_batch_can_be_overfitted(make, dataset):
+    config = build_config(make("run"))
+    clouds = load_point_clouds(load_point_dataset(dataset))
+    batch, _ = EpochBatches(clouds, PreTrainingCollator(config, Augmentation(), 0), 4)[0]
+    model = build_untrained_model(config, 0)
+    optimizer = build_optimizer(model, 1e-2, 0.05, (0.9, 0.95))
+    losses = []
+    for _ in range(150):
+        outputs = model(**batch)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((outputs.loss_3d.item(), outputs.loss_2d.item()))
+    assert losses[-1][0] < 0.35 * losses[0][0] and losses[-1][1] < 0.1 * losses[0][1]
+
+
+def test_only_matrices_are_decayed(make):
+    model = build_untrained_model(build_config(make("run")), 0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = parameter_groups(model, 0.05)
+    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    decayed, spared = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, spared))
+    assert {"decoder.mask_tokens", "decoder.modality_embeddings", "joint_mae.modality_embeddings"} <= spared
+    assert "joint_mae.layernorm.weight" in spared
+    assert {name for name in names.values() if name.endswith("bias")} <= spared
+    assert {"joint_mae.layers.0.mlp.fc1.weight", "decoder.point_head.weight"} <= decayed
+    assert not any("norm" in name for name in decayed)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    rates = [learning_rate_at(step, 100, 10, 2.0) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) == max(rates)
+    assert rates[10] == pytest.approx(2.0) and rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3
+    assert all(earlier >= later for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert learning_rate_at(1, 1, 0, 2.0) == 2.0
+
+
+def test_gradient_norms_are_those_of_the_weighted_losses_and_leave_no_trace():
+    shared, other = torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.ones(2))
+    losses = {"a": 3 * shared.square().sum(), "b": (shared * other).sum(), "c": other.sum()}
+    norms = loss_gradient_norms(losses, [shared], scale=8.0)
+    assert norms == pytest.approx({"a": 6 * 5**0.5, "b": 2**0.5, "c": 0.0})
+    assert shared.grad is None and other.grad is None
+    sum(losses.values()).backward()  # the graph is still there
+    torch.testing.assert_close(shared.grad, torch.tensor([7.0, 13.0]))
+
+
+def test_overrides_are_parsed_with_their_types():
+    parsed = parse_config_overrides(
+        "num_centers=[64, 16],mask_ratio=0.6,use_cross_loss=false,position_every_layer=True,"
+        "alignment_radii=[1,null],hidden_act=relu"
+    )
+    assert parsed == {
+        "num_centers": [64, 16],
+        "mask_ratio": 0.6,
+        "use_cross_loss": False,
+        "position_every_layer": True,
+        "alignment_radii": [1, None],
+        "hidden_act": "relu",
+    }
+    with pytest.raises(ValueError, match="'mask_ration'"):
+        parse_config_overrides("mask_ration=0.5")
+    with pytest.raises(ValueError, match="expected key=value"):
+        parse_config_overrides("mask_ratio")
+
+
+def test_a_configuration_comes_from_a_preset_or_a_file_with_overrides(make, tmp_path):
+    JointMAEConfig.from_preset("small", mask_ratio=0.5).save_pretrained(tmp_path / "config")
+    config = build_config(make("run", config_name=str(tmp_path / "config"), config_overrides="drop_path_rate=0.2"))
+    assert (config.hidden_size, config.mask_ratio, config.drop_path_rate) == (256, 0.5, 0.2)
+    assert build_config(make("run", preset="base", config_overrides=None)).hidden_size == 384
+    with pytest.raises(ValueError, match="mask_ratio"):
+        build_config(make("run", config_overrides="mask_ratio=1.5"))
+
+
+def test_the_script_does_nothing_when_imported_and_finds_its_data():
+    spec = importlib.util.spec_from_file_location("pretrain_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.EMBEDDED_DATASET == SCRIPT.parent / "data" / "kicad-parts"
