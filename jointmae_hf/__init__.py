@@ -32,7 +32,7 @@ AutoModel.register(JointMAEConfig, JointMAEModel, exist_ok=True)
 AutoModelForPreTraining.register(JointMAEConfig, JointMAEForPreTraining, exist_ok=True)
 AutoModelForPointCloudClassification.register(JointMAEConfig, JointMAEForPointCloudClassification, exist_ok=True)
 AutoModelForPartSegmentation.register(JointMAEConfig, JointMAEForPartSegmentation, exist_ok=True)
-# transformers has no Auto class for clouds; code of a repository can only name existing ones, so the heads borrow these.
+# Code in a repository can only name Auto classes that transformers has, and it has none for clouds: the heads borrow.
 AutoModelForImageClassification.register(JointMAEConfig, JointMAEForPointCloudClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(JointMAEConfig, JointMAEForPartSegmentation, exist_ok=True)
 AutoFeatureExtractor.register(JointMAEConfig, JointMAEPointCloudProcessor, exist_ok=True)

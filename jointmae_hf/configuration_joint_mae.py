@@ -69,7 +69,7 @@ class JointMAEConfig(PreTrainedConfig):
             Strides of the 2D embedding [relative]; their product is the patch size.
         image_embed_sizes (`list[int]`, defaults to `[96, 192, 384]`):
             Width at each scale of the 2D embedding [relative]; the last equals `hidden_size`.
-        image_kernel_size (`int`, defaults to 5): Odd side of the depth-wise convolutions of the 2D embedding [relative].
+        image_kernel_size (`int`, defaults to 5): Odd side of the depth-wise convolutions [relative].
         image_embed_depth (`int`, defaults to 1): Convolution blocks at each scale of the 2D embedding but the last.
         mask_ratio (`float`, defaults to 0.75): Share of 3D tokens masked in pre-training [paper].
         image_mask_ratio (`float`, defaults to 0.75): Share of 2D patches masked in pre-training [paper].
@@ -92,7 +92,8 @@ class JointMAEConfig(PreTrainedConfig):
         norm_point_loss (`bool`, defaults to `False`):
             Whether the Chamfer distance of a group is divided by the group's mean squared radius.
         norm_pixel_loss (`bool`, defaults to `False`): Whether each target patch is normalised by its own deviation.
-        point_loss_weight (`float`, defaults to 10.0): Weight of the 3D loss. The defaults balance the gradients at the start.
+        point_loss_weight (`float`, defaults to 10.0):
+            Weight of the 3D loss. The defaults balance the gradients on the encoder at the start [ours].
         pixel_loss_weight (`float`, defaults to 1.0): Weight of the 2D loss.
         cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
@@ -248,14 +249,14 @@ class JointMAEConfig(PreTrainedConfig):
         for name in ("point_embed_sizes", "image_embed_sizes"):
             last = getattr(self, name)[-1]
             self._require(name, last == self.hidden_size, f"to end in `hidden_size` ({self.hidden_size})")
-        finer_first = all(a >= b for a, b in zip(self.num_centers, self.num_centers[1:]))
+        finer_first = all(a >= b for a, b in zip(self.num_centers, self.num_centers[1:], strict=False))
         self._require("num_centers", finer_first, "finest scale first, so never increasing")
-        reach = all(k <= n for k, n in zip(self.num_neighbors[1:], self.num_centers))
+        reach = all(k <= n for k, n in zip(self.num_neighbors[1:], self.num_centers, strict=False))
         self._require("num_neighbors", reach, "at most as many neighbours as there are finer centres")
         fits = max(self.num_neighbors[0], self.num_target_points) <= self.num_points
         self._require("num_points", fits, "at least `num_neighbors[0]` and `num_target_points`")
         fits = self.image_size % self.patch_size == 0
-        self._require("image_size", fits, f"a multiple of the patch size, the product of `patch_strides` ({self.patch_size})")
+        self._require("image_size", fits, f"a multiple of the product of `patch_strides` ({self.patch_size})")
         self._require("image_size", self.image_size > 3, "more than 3 pixels")
         for name, total, visible in (
             ("mask_ratio", self.num_centers[-1], self.num_visible_tokens),

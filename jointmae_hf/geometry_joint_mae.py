@@ -216,8 +216,8 @@ def view_projection(
     """
     The affine map from a point to (pixel row, pixel column, depth) of an orthographic view of each cloud.
 
-    The larger side of the object in the image plane spans `image_size - 3` pixels and the object is centred. The viewer
-    is on the positive side of the third axis: depth is 1 at the nearest point and 0.2 at the farthest. Cells as in
+    The larger side of the object in the image plane spans `image_size - 3` pixels, the object is centred. The viewer is
+    on the positive side of the third axis: depth is 1 at the nearest point and 0.2 at the farthest. Cells as in
     public code of the line (I2P-MAE); the depth range is ours.
 
     Args:
@@ -313,7 +313,7 @@ def patch_index(projected: torch.Tensor, image_size: int, patch_size: int) -> to
 
 def chamfer_distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
-    Chamfer distance (L2) of each pair of clouds: the mean squared distance to the nearest point, one way plus the other.
+    Chamfer distance (L2) of pairs of clouds: the mean squared distance to the nearest point, one way plus the other.
 
     The nearest indices are found without gradient; the gradient flows through the distances to them, which is the
     gradient of the exact expression wherever that has one.
@@ -401,7 +401,7 @@ def interpolate_features(
     points: torch.Tensor, centers: torch.Tensor, features: torch.Tensor, k: int = 3
 ) -> torch.Tensor:
     """
-    Spreads the features of centres to points, weighted by the inverse squared distance of the `k` nearest (PointNet++).
+    Spreads features of centres to points, weighted by the inverse squared distance of the `k` nearest (PointNet++).
 
     Args:
         points: `(batch, num_points, 3)`.

@@ -15,7 +15,7 @@
 
 Notable choices:
 
-- One pass of farthest point sampling serves all scales: its order is nested, coarser centres are a prefix of finer ones.
+- One pass of farthest point sampling serves all scales: its order is nested, coarser centres are a prefix of finer.
 - Masked tokens are never embedded. In pre-training each scale is computed for the children of visible tokens only, and
   the 2D embedding works inside each visible patch, so nothing of a masked token can reach the encoder.
 - The joint encoder is 12 plain pre-norm blocks; local-aligned attention is one boolean mask for each third of them.
@@ -146,7 +146,7 @@ class JointMAEHeadOutput(ModelOutput):
 
 
 def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
-    """Fixed 2D sin-cos positions of a square grid, `(grid_size ** 2, width)`: sines and cosines of rows, then columns."""
+    """Fixed 2D sin-cos positions of a square grid, `(grid_size ** 2, width)`: of rows, then of columns."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), frequencies)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (grid_size, width / 2)
@@ -179,7 +179,7 @@ class JointMAEPointEmbeddings(nn.Module):
         self.num_neighbors = config.num_neighbors
         # Radius of a patch of surface that holds k of n points; brings local coordinates to about unit size.
         populations = [config.num_points, *config.num_centers[:-1]]
-        self.radii = [(k / n) ** 0.5 for k, n in zip(config.num_neighbors, populations)]
+        self.radii = [(k / n) ** 0.5 for k, n in zip(config.num_neighbors, populations, strict=True)]
         self.group_embedding = JointMAEGroupEmbedding(config)
         self.mergers = nn.ModuleList(
             [JointMAEGroupMerging(config, scale) for scale in range(1, len(config.num_centers))]
@@ -285,7 +285,7 @@ class JointMAEImageEmbeddings(nn.Module):
     """
     Hierarchical 2D embedding of single patches: strided patch convolutions with depth-wise blocks between them.
 
-    ConvMAE masks its convolutions so that visible patches do not see masked ones. Here each patch is embedded by itself,
+    ConvMAE masks its convolutions so that visible patches do not see masked ones. Here each patch is embedded alone,
     which costs nothing for masked patches and is the same in pre-training and after it; patches meet in the encoder.
     """
 
@@ -297,7 +297,7 @@ class JointMAEImageEmbeddings(nn.Module):
         self.projections = nn.ModuleList(
             [
                 nn.Linear(stride * stride * width, out)
-                for stride, width, out in zip(config.patch_strides, fan_in, config.image_embed_sizes)
+                for stride, width, out in zip(config.patch_strides, fan_in, config.image_embed_sizes, strict=True)
             ]
         )
         self.blocks = nn.ModuleList(
@@ -318,7 +318,7 @@ class JointMAEImageEmbeddings(nn.Module):
         batch_size, num_tiles, _ = tiles.shape
         cells = tiles.reshape(batch_size * num_tiles, self.patch_size, self.patch_size, -1)
         cells = cells.to(self.projections[0].weight.dtype)
-        for scale, (stride, projection) in enumerate(zip(self.strides, self.projections)):
+        for scale, (stride, projection) in enumerate(zip(self.strides, self.projections, strict=True)):
             side = cells.shape[1] // stride
             cells = cells.reshape(-1, side, stride, side, stride, cells.shape[-1]).transpose(2, 3)
             cells = projection(cells.reshape(cells.shape[0], side, side, -1))  # (tiles, side, side, width)
@@ -514,15 +514,24 @@ class JointMAEPreTrainedModel(PreTrainedModel):
 
 
 class JointMAEModel(JointMAEPreTrainedModel):
-    """The joint encoder. Given points alone it is the 3D feature extractor."""
+    """
+    The joint encoder. Given points alone it is the 3D feature extractor.
+
+    Args:
+        config (`JointMAEConfig`): The configuration.
+        add_image_embeddings (`bool`, defaults to `True`):
+            Whether to build the 2D embedding, if the configuration has an image branch at all. Models of clouds alone
+            go without: parameters that the loss does not reach break distributed training.
+    """
 
     # What a pre-training checkpoint or a head holds besides the encoder.
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^segmenter\."]
 
-    def __init__(self, config: JointMAEConfig):
+    def __init__(self, config: JointMAEConfig, add_image_embeddings: bool = True):
         super().__init__(config)
         self.point_embeddings = JointMAEPointEmbeddings(config)
-        self.image_embeddings = JointMAEImageEmbeddings(config) if config.use_image_branch else None
+        has_images = add_image_embeddings and config.use_image_branch
+        self.image_embeddings = JointMAEImageEmbeddings(config) if has_images else None
         self.position_embeddings = JointMAEPositionEmbeddings(config)
         self.modality_embeddings = nn.Parameter(torch.empty(2, config.hidden_size))
         depth = max(config.num_hidden_layers - 1, 1)
@@ -557,8 +566,8 @@ class JointMAEModel(JointMAEPreTrainedModel):
             projection (`torch.FloatTensor` of shape `(batch, 3, 4)`, *optional*):
                 The map from points to (pixel row, pixel column, depth) that made the images; required with them.
             point_mask (`torch.BoolTensor` of shape `(batch, num_points)`, *optional*): False marks padding.
-            visible_tokens (`torch.LongTensor` of shape `(batch, visible)`, *optional*): 3D tokens to encode; all if none.
-            visible_patches (`torch.LongTensor` of shape `(batch, visible)`, *optional*): Patches to encode; all if none.
+            visible_tokens (`torch.LongTensor` of shape `(batch, visible)`, *optional*): 3D tokens to encode, or all.
+            visible_patches (`torch.LongTensor` of shape `(batch, visible)`, *optional*): Patches to encode, or all.
             image_dropped (`torch.BoolTensor` of shape `(batch,)`, *optional*):
                 Where true, the 3D tokens of that sample do not attend to its 2D tokens.
 
@@ -608,7 +617,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
         if pixel_values is None:
             return
         if self.image_embeddings is None:
-            raise ValueError("`pixel_values` was given, but the configuration has `use_image_branch=False`.")
+            raise ValueError("`pixel_values` was given, but this model has no image branch (`use_image_branch`).")
         expected = (points.shape[0], self.config.num_channels, self.config.image_size, self.config.image_size)
         if tuple(pixel_values.shape) != expected:
             raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected {expected}.")
@@ -884,11 +893,13 @@ class JointMAEClassificationHead(nn.Module):
 class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
     """Joint-MAE's 3D encoder with a classification head."""
 
+    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\."]
+
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.loss_type = "ForSequenceClassification"
-        self.joint_mae = JointMAEModel(config)
+        self.joint_mae = JointMAEModel(config, add_image_embeddings=False)
         self.classifier = JointMAEClassificationHead(config)
         self.post_init()
 
@@ -958,10 +969,12 @@ class JointMAESegmentationHead(nn.Module):
 class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
     """Joint-MAE's 3D encoder with a head that labels every point."""
 
+    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\."]
+
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.joint_mae = JointMAEModel(config)
+        self.joint_mae = JointMAEModel(config, add_image_embeddings=False)
         self.segmenter = JointMAESegmentationHead(config)
         self.post_init()
 
@@ -981,7 +994,7 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
             point_mask (`torch.BoolTensor` of shape `(batch, num_points)`, *optional*): False marks padding.
             object_class (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Class of the object, if `config.num_object_classes` is not 0.
-            labels (`torch.LongTensor` of shape `(batch, num_points)`, *optional*): Part of each point; -100 is ignored.
+            labels (`torch.LongTensor` of shape `(batch, num_points)`, *optional*): Parts; -100 is ignored.
         """
         outputs: JointMAEModelOutput = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
         whole = outputs.pooler_output

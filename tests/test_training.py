@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
 
 from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
@@ -115,8 +116,11 @@ def assert_same_run(folder, expected):
 
 
 def assert_close_run(folder, expected):
+    """The same losses and weights but for rounding. Gradients of single losses are of a part of a batch: not those."""
+    assert len(log(folder)) == len(log(expected))
     for found, wanted in zip(log(folder), log(expected), strict=True):
-        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        for name in ("step", "loss", "loss_3d", "loss_2d", "loss_cross", "grad_norm", "lr"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), (found["step"], name)
     found = weights(folder)
     for name, wanted in weights(expected).items():
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
@@ -128,7 +132,7 @@ def assert_close_run(folder, expected):
 @pytest.fixture(scope="session")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jointmae_hf.training.pretraining", "test_training"])
+    context.set_forkserver_preload(["jointmae_hf.training.pretraining", "datasets", "pytest"])
     return context
 
 
@@ -184,16 +188,16 @@ def process_lives(process) -> bool:
 
 
 def test_the_script_killed_at_any_moment_and_resumed_repeats_the_uninterrupted_run(make):
-    common = {"config_overrides": RANDOM_CONFIG, "max_steps": 60, "save_steps": 7}
+    common = {"config_overrides": RANDOM_CONFIG, "max_steps": 40, "save_steps": 5}
     straight, killed = make("straight", **common), make("killed", **common)
     options = [f"--{name}={getattr(killed, name)}" for name in ("dataset", "output_dir", *common)]
     options += ["--batch_size=8", "--logging_steps=2", "--grad_norm_steps=4", "--no_evaluate"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
     process = subprocess.Popen([sys.executable, str(SCRIPT), *options], env=environment, stderr=subprocess.DEVNULL)
     pretrain(straight)
-    first = Path(killed.output_dir) / "checkpoint-7"
+    first = Path(killed.output_dir) / "checkpoint-5"
     wait_for(first.exists, process)
-    time.sleep(random.random() * 0.3)
+    time.sleep(random.random() * 0.2)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (Path(killed.output_dir) / "result.json").exists()
@@ -201,28 +205,27 @@ def test_the_script_killed_at_any_moment_and_resumed_repeats_the_uninterrupted_r
     assert_same_run(killed.output_dir, straight.output_dir)
 
 
-def test_a_run_killed_at_every_touch_of_the_disk_repeats_the_uninterrupted_one(make, processes):
-    common = {"config_overrides": RANDOM_CONFIG, "save_total_limit": 1, "max_steps": 7}
+def test_a_run_killed_again_and_again_while_it_writes_checkpoints_repeats_the_uninterrupted_one(make, processes):
+    common = {"config_overrides": RANDOM_CONFIG, "save_total_limit": 1, "save_steps": 2, "max_steps": 5}
     straight = make("straight", **common)
     pretrain(straight)
     killed = make("killed", **common, resume_from_checkpoint="latest")
-    for number in range(1, 60, 2):
+    for number in range(1, 60, 3):
         process = processes.Process(target=train_until_event, args=(killed, number))
         process.start()
         code = ended(process)
-        complete = checkpoints.list_checkpoints(Path(killed.output_dir))
-        for path in complete:
+        for path in checkpoints.list_checkpoints(Path(killed.output_dir)):
             checkpoints.verify_checkpoint(path)
         if code == 0:
             break
         assert code == -signal.SIGKILL
-    assert number > 11, "no run was killed in the second part of writing a checkpoint"
+    assert number > 15, "no run was killed while it removed a checkpoint"
     assert_same_run(killed.output_dir, straight.output_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processes, number):
-    common = {"config_overrides": RANDOM_CONFIG, "max_steps": 40, "save_steps": 0, "num_workers": 1}
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGINT, 1)])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processes, number, workers):
+    common = {"config_overrides": RANDOM_CONFIG, "max_steps": 25, "save_steps": 0, "num_workers": workers}
     straight, stopped = make("straight", **common), make("stopped", **common)
     process = processes.Process(target=train_in_child, args=(stopped,))
     process.start()
@@ -230,7 +233,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processe
     os.killpg(process.pid, number)  # the whole group, as schedulers and terminals do
     assert ended(process) == 128 + number
     (checkpoint,) = checkpoints.list_checkpoints(Path(stopped.output_dir))
-    assert 0 < checkpoints.checkpoint_step(checkpoint) < 40
+    assert 0 < checkpoints.checkpoint_step(checkpoint) < 25
     assert not (Path(stopped.output_dir) / "model.safetensors").exists()
     pretrain(straight)
     pretrain(make("stopped", **common, resume_from_checkpoint=str(checkpoint)))
@@ -240,7 +243,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processe
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
 def test_two_processes_train_as_one(make, processes, streaming):
     # A pass of 40 rows is five batches: beyond one pass of the stream too.
-    common = {"streaming": streaming, "shuffle_buffer_size": 0, "max_grad_norm": 0.1}
+    common = {"streaming": streaming, "shuffle_buffer_size": 0, "max_grad_norm": 0.1, "max_steps": 7}
     one = make("one", **common)
     pretrain(one)
     with socket.socket() as free:
@@ -262,10 +265,6 @@ def test_two_processes_train_as_one(make, processes, streaming):
     assert [ended(process) for process in pair] == [0, 0]
     result = json.loads((Path(two.output_dir) / "result.json").read_text())
     assert result["num_processes"] == 2
-    # Gradient norms of single losses are of a part of the batch; the rest must agree.
-    for folder in (one.output_dir, two.output_dir):
-        lines = [{k: v for k, v in line.items() if not k.startswith("grad_norm_")} for line in log(folder)]
-        (Path(folder) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert_close_run(two.output_dir, one.output_dir)
 
 
@@ -303,8 +302,8 @@ def test_workers_change_nothing(make):
 
 
 def test_accumulated_parts_train_as_the_whole_batch(make):
-    pretrain(make("whole", max_grad_norm=0.1, grad_norm_steps=0))
-    pretrain(make("parts", max_grad_norm=0.1, grad_norm_steps=0, gradient_accumulation_steps=4))
+    pretrain(make("whole", max_grad_norm=0.1))
+    pretrain(make("parts", max_grad_norm=0.1, gradient_accumulation_steps=4))
     assert_close_run(make("parts").output_dir, make("whole").output_dir)
 
 
@@ -332,7 +331,10 @@ def test_the_result_and_the_log_hold_what_happened(make):
     assert [line["epoch"] for line in lines] == [0.2, 0.4, 0.8, 1.2, 1.6, 2.0]
     measured = [line["step"] for line in lines if "grad_norm_3d" in line]
     assert measured == [1, 4, 8]
-    assert all(line["loss"] == pytest.approx(sum(line[f"loss_{t}"] for t in ("3d", "2d", "cross"))) for line in lines)
+    weights = {"3d": "point_loss_weight", "2d": "pixel_loss_weight", "cross": "cross_loss_weight"}
+    for line in lines:
+        total = sum(result["config"][weight] * line[f"loss_{term}"] for term, weight in weights.items())
+        assert line["loss"] == pytest.approx(total, rel=1e-4)
     # The last epoch is steps 6 to 10; a line holds the mean of its two steps.
     means = [line["loss"] for line in lines[-2:]]
     assert min(means) * 0.8 < result["final_losses"]["loss"] < max(means) * 1.2
@@ -544,17 +546,17 @@ def test_contradictory_arguments_are_refused(make, wrong):
 def test_one_batch_can_be_overfitted(make, dataset):
     config = build_config(make("run"))
     clouds = load_point_clouds(load_point_dataset(dataset))
-    batch, _ = EpochBatches(clouds, PreTrainingCollator(config, Augmentation(), 0), 4)[0]
+    batch, _ = EpochBatches(clouds, PreTrainingCollator(config, Augmentation(), 0), 2)[0]
     model = build_untrained_model(config, 0)
     optimizer = build_optimizer(model, 1e-2, 0.05, (0.9, 0.95))
     losses = []
-    for _ in range(150):
+    for _ in range(80):
         outputs = model(**batch)
         outputs.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append((outputs.loss_3d.item(), outputs.loss_2d.item()))
-    assert losses[-1][0] < 0.35 * losses[0][0] and losses[-1][1] < 0.1 * losses[0][1]
+    assert losses[-1][0] < 0.2 * losses[0][0] and losses[-1][1] < 0.05 * losses[0][1]
 
 
 def test_only_matrices_are_decayed(make):
@@ -613,7 +615,7 @@ def test_a_configuration_comes_from_a_preset_or_a_file_with_overrides(make, tmp_
     config = build_config(make("run", config_name=str(tmp_path / "config"), config_overrides="drop_path_rate=0.2"))
     assert (config.hidden_size, config.mask_ratio, config.drop_path_rate) == (256, 0.5, 0.2)
     assert build_config(make("run", preset="base", config_overrides=None)).hidden_size == 384
-    with pytest.raises(ValueError, match="mask_ratio"):
+    with pytest.raises(StrictDataclassClassValidationError, match="mask_ratio"):
         build_config(make("run", config_overrides="mask_ratio=1.5"))
 
 

@@ -20,7 +20,7 @@ def pretraining_report(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Held-out reconstruction with and without the encoder's output, a linear SVM beside the untrained network, a picture.
+    Held-out reconstruction with and without the encoder's output, a linear SVM, also untrained, and a picture.
 
     The headline accuracy is that of the final normalised tokens, decided beforehand; those of other layers are listed
     for diagnosis only.
@@ -48,7 +48,7 @@ def pretraining_report(
     }
     if train.labels is not None and test.labels is not None:
         report["linear_svm"] = {
-            "protocol": "frozen encoder, 3D alone, standardised features, SVC(kernel='linear', C=0.01), last checkpoint",
+            "protocol": "frozen encoder, 3D alone, standardised features, SVC(kernel='linear', C=0.01), last step",
             "train_shapes": len(train.points),
             "test_shapes": len(test.points),
             "classes": len(set(train.labels.tolist())),

@@ -158,7 +158,7 @@ class _Pool:
             self.owner, self.size = os.getpid(), workers
             self.executor = ThreadPoolExecutor(workers, thread_name_prefix="jointmae_hf")
         bounds = [count * i // workers for i in range(workers + 1)]
-        for done in [self.executor.submit(function, a, b) for a, b in zip(bounds, bounds[1:])]:
+        for done in [self.executor.submit(function, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]:
             done.result()
 
 
