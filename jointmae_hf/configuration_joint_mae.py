@@ -280,8 +280,8 @@ PRESETS = {
         "intermediate_size": 768,
         "drop_path_rate": 0.0,
         "num_points": 1024,
-        "num_centers": [256, 64],
-        "num_neighbors": [16, 8],
+        "num_centers": [256, 32],
+        "num_neighbors": [16, 16],
         "point_embed_sizes": [32, 192],
         "image_size": 64,
         "patch_strides": [4, 2],
@@ -289,6 +289,7 @@ PRESETS = {
         "decoder_hidden_size": 96,
         "decoder_num_attention_heads": 3,
         "decoder_intermediate_size": 384,
+        "num_target_points": 64,
     },
     "small": {
         "hidden_size": 256,

@@ -413,6 +413,6 @@ def interpolate_features(
     """
     indices = knn(points, centers, min(k, centers.shape[1]))
     distance = _squared_distance(gather_points(centers.float(), indices), points.float().unsqueeze(2))
-    weight = 1.0 / (distance + 1e-8)
+    weight = 1.0 / distance.clamp_min(1e-8)
     weight = (weight / weight.sum(-1, keepdim=True)).to(features.dtype)
     return (gather_points(features, indices) * weight.unsqueeze(-1)).sum(2)

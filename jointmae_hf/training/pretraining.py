@@ -653,7 +653,7 @@ def remove_earlier_run(output_dir: Path):
     for path in list_checkpoints(output_dir):
         shutil.rmtree(path)
     shutil.rmtree(output_dir / _TRACKERS, ignore_errors=True)
-    for pattern in (LOG, RESULT, MODEL, "config.json", "preprocessor_config.json", "*_joint_mae.py"):
+    for pattern in (LOG, RESULT, MODEL, "config.json", "preprocessor_config.json", "*_joint_mae.py", "reconstructions.png"):
         for file in output_dir.glob(pattern):
             file.unlink()
 
