@@ -59,6 +59,7 @@ def draw(curve: list[dict[str, Any]], names: list[str], path: Path):
             axis.plot(samples, values, color=color, linewidth=2.2 if last else 1.2, label="final" if last else layer)
         axis.axhline(curve[0]["accuracy_by_layer"][name][-1], color="grey", linestyle=":", label="untrained, final")
         axis.set(title=name, xlabel="samples seen", ylabel="linear SVM accuracy, %")
+        axis.set_xscale("symlog", linthresh=max(1, samples[1]))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(fontsize=8, frameon=False, title="layer", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
@@ -69,6 +70,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="output folder of examples/pretrain.py, with its checkpoints")
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=FOLDER", help="further labelled sets")
+    parser.add_argument("--steps", type=int, nargs="+", help="checkpoints to evaluate, rather than all")
     parser.add_argument("--output", type=Path, required=True, help="path without suffix of the JSON and the picture")
     arguments = parser.parse_args()
 
@@ -82,7 +84,7 @@ def main():
     batch_size, seed = result["arguments"]["batch_size"], result["arguments"]["seed"]
     checkpoints = {int(re.search(r"\d+$", path.name)[0]): path for path in arguments.run.glob("checkpoint-*")}
     curve = []
-    for step in [0, *sorted(checkpoints)]:
+    for step in [0, *sorted(arguments.steps or checkpoints)]:
         model = (
             JointMAEForPreTraining.from_pretrained(checkpoints[step])
             if step

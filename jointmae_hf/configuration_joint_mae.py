@@ -18,6 +18,7 @@ from math import prod
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+
 # Complete whichever class is saved: a pre-training checkpoint also loads as a bare encoder or under a head.
 _AUTO_MAP = {
     "AutoConfig": "configuration_joint_mae.JointMAEConfig",

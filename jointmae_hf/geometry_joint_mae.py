@@ -216,9 +216,9 @@ def view_projection(
     """
     The affine map from a point to (pixel row, pixel column, depth) of an orthographic view of each cloud.
 
-    The larger side of the object in the image plane spans `image_size - 3` pixels, the object is centred. The viewer is
-    on the positive side of the third axis: depth is 1 at the nearest point and 0.2 at the farthest. Cells as in
-    public code of the line (I2P-MAE); the depth range is ours.
+    The larger side of the object in the image plane spans `image_size - 3` pixels and the object is centred. The
+    viewer is on the positive side of the third axis: depth is 1 at the nearest point and 0.2 at the farthest. Cells as
+    in public code of the line (I2P-MAE); the depth range is ours.
 
     Args:
         points: `(batch, num_points, 3)`.
@@ -374,9 +374,7 @@ def sample_depth(pixel_values: torch.Tensor, projected: torch.Tensor) -> torch.T
     return upper * (1 - row_fraction) + lower * row_fraction
 
 
-def depth_consistency(
-    points: torch.Tensor, projection: torch.Tensor, pixel_values: torch.Tensor
-) -> torch.Tensor:
+def depth_consistency(points: torch.Tensor, projection: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """
     How far points stand in front of what a depth image shows: squared, per point, 0 for points at or behind it.
 

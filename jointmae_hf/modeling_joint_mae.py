@@ -542,7 +542,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.point_embeddings
+        return self.point_embeddings.group_embedding.point_proj
 
     @merge_with_config_defaults
     @capture_outputs
@@ -604,9 +604,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
             fine_centers=None if visible_tokens is not None else fine_centers,
         )
 
-    def _check_inputs(
-        self, points: torch.Tensor, pixel_values: torch.Tensor | None, projection: torch.Tensor | None
-    ):
+    def _check_inputs(self, points: torch.Tensor, pixel_values: torch.Tensor | None, projection: torch.Tensor | None):
         if points.ndim != 3 or points.shape[-1] != 3:
             raise ValueError(f"`point_values` has shape {tuple(points.shape)}, expected (batch, num_points, 3).")
         if points.shape[1] < self.config.num_neighbors[0]:

@@ -54,7 +54,7 @@ def test_farthest_point_sample_is_the_greedy_loop():
     points = random_points(3, 300)
     indices = farthest_point_sample(points, 64)
     assert indices.shape == (3, 64) and indices.dtype == torch.int64
-    for cloud, picked in zip(points, indices):
+    for cloud, picked in zip(points, indices, strict=True):
         assert picked.tolist() == numpy_farthest_points(cloud.numpy(), 64)
 
 
@@ -80,7 +80,7 @@ def test_farthest_point_sample_never_picks_padding():
     mask[1, :40] = True
     points[~mask] = 50.0  # padding that would win, were it looked at
     indices = farthest_point_sample(points, 32, mask)
-    for cloud, picked, real in zip(points, indices, mask):
+    for cloud, picked, real in zip(points, indices, mask, strict=True):
         kept = real.nonzero().squeeze(1)
         assert kept[numpy_farthest_points(cloud[real].numpy(), 32)].tolist() == picked.tolist()
 
@@ -102,7 +102,8 @@ def test_farthest_point_sample_repeats_itself_when_points_run_out():
 def test_knn_finds_what_a_tree_finds():
     queries, points = random_points(2, 50), random_points(2, 400, seed=1)
     indices = knn(queries, points, 16)
-    for query, cloud, found in zip(queries.double().numpy(), points.double().numpy(), indices.numpy()):
+    clouds = queries.double().numpy(), points.double().numpy(), indices.numpy()
+    for query, cloud, found in zip(*clouds, strict=True):
         distance, expected = cKDTree(cloud).query(query, 16)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_allclose(np.linalg.norm(cloud[found] - query[:, None], axis=-1), distance, atol=1e-12)
@@ -207,7 +208,7 @@ def test_every_pixel_shows_the_nearest_point_that_covers_it(view, splat_size):
     assert image.shape == (2, 1, IMAGE_SIZE, IMAGE_SIZE)
     projected = project_points(points, projection).numpy()
     reach = splat_size // 2
-    for cloud, drawn in zip(projected, image[:, 0].numpy()):
+    for cloud, drawn in zip(projected, image[:, 0].numpy(), strict=True):
         expected = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
         for row, column, depth in cloud:
             row, column = int(np.round(row)), int(np.round(column))
@@ -259,7 +260,7 @@ def test_geometry_stays_in_float32_under_autocast():
     expected = everything()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = everything()
-    for result, value in zip(results, expected):
+    for result, value in zip(results, expected, strict=True):
         assert result.dtype == value.dtype and torch.equal(result, value)
 
 

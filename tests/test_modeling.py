@@ -1,4 +1,4 @@
-"""The method: what is hidden stays hidden, attention reaches as far as it should, and every switch does what it says."""
+"""The method: what is hidden stays hidden, attention reaches where it should, and every switch does what it says."""
 
 import json
 
@@ -105,7 +105,7 @@ def test_masked_points_do_not_reach_the_encoder():
     output = model(**inputs, **visible).last_hidden_state
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
 
-    for cloud, tokens, gradient in zip(points.detach(), visible["visible_tokens"], points.grad):
+    for cloud, tokens, gradient in zip(points.detach(), visible["visible_tokens"], points.grad, strict=True):
         sampled = farthest_point_sample(cloud[None], 32)[0]
         allowed = set()
         for token in tokens.tolist():
@@ -152,7 +152,9 @@ def test_visible_patches_are_embedded_as_among_all():
     config = tiny_config()
     embeddings = build(JointMAEModel, config).image_embeddings
     pixel_values, visible = torch.rand(2, 1, 32, 32), visible_of()["visible_patches"]
-    torch.testing.assert_close(embeddings(pixel_values, visible), gather_points(embeddings(pixel_values, None), visible))
+    torch.testing.assert_close(
+        embeddings(pixel_values, visible), gather_points(embeddings(pixel_values, None), visible)
+    )
 
 
 def test_features_do_not_depend_on_the_order_of_points():
@@ -248,10 +250,9 @@ def test_a_dropped_image_is_hidden_from_3d_tokens_of_that_sample():
     output = model(**inputs, image_dropped=torch.tensor([True, False])).last_hidden_state
     torch.testing.assert_close(output[0, :16], alone[0], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(output[1, :16], alone[1], atol=1e-2)
-    blank = inputs | {"point_values": inputs["point_values"].flip(0)}  # 2D tokens still see the cloud
-    assert not torch.allclose(
-        output[0, 16:], model(**blank, image_dropped=torch.tensor([True, False])).last_hidden_state[0, 16:], atol=1e-2
-    )
+    inputs["point_values"] = inputs["point_values"].flip(0)  # 2D tokens still see the cloud
+    other = model(**inputs, image_dropped=torch.tensor([True, False])).last_hidden_state
+    assert not torch.allclose(output[0, 16:], other[0, 16:], atol=1e-5)
 
 
 def test_modality_dropout_drops_images_in_training_only():
@@ -313,7 +314,7 @@ def test_given_images_are_used_as_the_projected_ones_would_be():
 
 def test_one_batch_can_be_overfitted():
     model = build(JointMAEForPreTraining).train()
-    inputs = masked_inputs(4) | {"view": torch.zeros(4, dtype=torch.int64)}
+    inputs = masked_inputs() | {"view": torch.zeros(2, dtype=torch.int64)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     first = model(**inputs)
     for _ in range(150):
@@ -321,8 +322,8 @@ def test_one_batch_can_be_overfitted():
         model(**inputs).loss.backward()
         optimizer.step()
     last = model(**inputs)
-    assert last.loss_3d < first.loss_3d / 3
-    assert last.loss_2d < first.loss_2d / 10
+    assert last.loss_3d < first.loss_3d / 5
+    assert last.loss_2d < first.loss_2d / 5
     assert last.loss_cross < first.loss_cross / 2
 
 
@@ -417,10 +418,11 @@ def test_bfloat16_autocast_is_close():
 
 
 def test_compiled_model_gives_the_same():
+    """In one graph. The default backend gives the same, and takes a minute to generate its code."""
     model = build(JointMAEForPreTraining, tiny_config(num_hidden_layers=1, num_centers=[16, 8], alignment_radii=[1]))
     inputs = masked_inputs()
     inputs["point_noise"] = inputs["point_noise"][:, :8]
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for seed in (0, 1):
             inputs["point_values"] = clouds(seed=seed)
@@ -435,10 +437,10 @@ def test_compiled_model_gives_the_same():
 
 
 def pad(points: torch.Tensor, extra: int) -> dict[str, torch.Tensor]:
-    """Padding far outside of the cloud, mixed in between its points."""
+    """Padding in between the points of the cloud and beyond them, in any order."""
     batch_size, num_points, _ = points.shape
     order = torch.randperm(num_points + extra, generator=torch.Generator().manual_seed(0))
-    padded = torch.cat([points, torch.full((batch_size, extra, 3), 7.0)], dim=1)[:, order]
+    padded = torch.cat([points, 1.2 * clouds(batch_size, extra, seed=9)], dim=1)[:, order]
     return {"point_values": padded, "point_mask": (order < num_points).expand(batch_size, -1)}
 
 
@@ -486,7 +488,10 @@ def test_clouds_of_other_sizes_and_fewer_points_than_centers_work():
         ({"point_values": torch.zeros(2, 128)}, r"`point_values` has shape \(2, 128\)"),
         ({"point_values": torch.zeros(2, 128, 4)}, r"`point_values` has shape \(2, 128, 4\)"),
         ({"point_values": torch.zeros(2, 7, 3)}, "holds 7 points for each cloud, expected at least the 8"),
-        ({"pixel_values": torch.zeros(2, 1, 28, 28)}, r"`pixel_values` has shape \(2, 1, 28, 28\), expected \(2, 1, 32"),
+        (
+            {"pixel_values": torch.zeros(2, 1, 28, 28)},
+            r"`pixel_values` has shape \(2, 1, 28, 28\), expected \(2, 1, 32",
+        ),
         ({"projection": None}, "`pixel_values` was given without `projection`"),
         ({"projection": torch.zeros(2, 4, 4)}, r"`projection` has shape \(2, 4, 4\)"),
     ],
@@ -596,12 +601,15 @@ def test_models_build_on_the_meta_device():
 @pytest.mark.parametrize("name", ["tiny", "small", "base"])
 def test_presets_run(name):
     config = JointMAEConfig.from_preset(name)
-    assert (config.num_visible_tokens, config.num_centers[-1]) == (16, 64)
+    assert (
+        config.num_visible_tokens == config.num_centers[-1] / 4
+        and config.num_visible_patches == config.num_patches / 4
+    )
     model = build(JointMAEForPreTraining, config)
     points = clouds(1, config.num_points)
     assert model(points).loss.isfinite()
     assert model.joint_mae(points).pooler_output.shape == (1, 2 * config.hidden_size)
-    assert JointMAEConfig.from_preset(name, mask_ratio=0.5).num_visible_tokens == 32
+    assert JointMAEConfig.from_preset(name, mask_ratio=0.5).num_visible_tokens == config.num_centers[-1] / 2
 
 
 def test_an_unknown_preset_is_refused():

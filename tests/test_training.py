@@ -23,6 +23,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
@@ -260,7 +261,7 @@ def test_two_processes_train_as_one(make, processes, streaming):
     for rank in range(2):
         settings = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         two = make("two", **common, gradient_accumulation_steps=2)
-        pair.append(processes.Process(target=train_in_child, args=(two, settings)))
+        pair.append(processes.Process(target=train_in_child, args=(two, settings), daemon=True))
         pair[-1].start()
     assert [ended(process) for process in pair] == [0, 0]
     result = json.loads((Path(two.output_dir) / "result.json").read_text())
@@ -383,6 +384,25 @@ def test_evaluation_gets_the_model_an_untrained_one_and_both_splits(make, monkey
     start = build_untrained_model(build_config(arguments), 3).state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in untrained.state_dict().items())
     assert any(not torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_model_and_its_result_are_uploaded_but_no_checkpoints(make, monkeypatch):
+    uploads = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            uploads.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
+            files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+            uploads.append((repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    pretrain(make("run", max_steps=2, push_to_hub=True, hub_model_id="org/model", hub_private_repo=True))
+    created, (repository, files) = uploads
+    assert created == ("org/model", True, True) and repository == "org/model"
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "result.json", "log.jsonl"} <= files
+    assert not any("checkpoint" in name or "optimizer" in name for name in files)
 
 
 def test_without_the_2d_branch_training_goes_on_in_3d(make):
@@ -562,15 +582,38 @@ def test_one_batch_can_be_overfitted(make, dataset):
 def test_only_matrices_are_decayed(make):
     model = build_untrained_model(build_config(make("run")), 0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared = parameter_groups(model, 0.05)
-    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
-    decayed, spared = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, spared))
+    groups = parameter_groups(model, 0.05)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    decayed, spared = (
+        {names[id(parameter)] for group in groups if group["weight_decay"] == decay for parameter in group["params"]}
+        for decay in (0.05, 0.0)
+    )
+    for group in groups:
+        assert {names[id(p)].startswith("joint_mae.") for p in group["params"]} == {group["is_encoder"]}
     assert {"decoder.mask_tokens", "decoder.modality_embeddings", "joint_mae.modality_embeddings"} <= spared
     assert "joint_mae.layernorm.weight" in spared
     assert {name for name in names.values() if name.endswith("bias")} <= spared
     assert {"joint_mae.layers.0.mlp.fc1.weight", "decoder.point_head.weight"} <= decayed
     assert not any("norm" in name for name in decayed)
+
+
+def test_the_decoder_learns_alone_at_first(make):
+    arguments = make("run", max_steps=10, decoder_warmup_steps=150, save_steps=1, save_total_limit=None)
+    pretrain(arguments)
+    initial = build_untrained_model(build_config(arguments), arguments.seed).state_dict()
+
+    def moved(step: int, part: str) -> bool:
+        saved = weights(Path(arguments.output_dir) / f"checkpoint-{step}")
+        return any(not torch.equal(saved[name], initial[name]) for name in saved if name.startswith(part))
+
+    assert moved(1, "decoder.") and not moved(2, "joint_mae.")  # a fifth of ten steps
+    assert moved(3, "joint_mae.")
+
+
+def test_the_learning_rate_starts_late_where_it_is_told_to():
+    rates = [learning_rate_at(step, 100, 10, 2.0, start=20) for step in range(1, 101)]
+    assert rates[19] == 0 and rates[20] > 0
+    assert rates[29:] == [learning_rate_at(step, 100, 10, 2.0) for step in range(30, 101)]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():

@@ -191,7 +191,5 @@ def nearest_both_ways(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.
     first, second = _array(first), _array(second)
     to_second = np.zeros(first.shape[:2], dtype=np.int64)
     to_first = np.zeros(second.shape[:2], dtype=np.int64)
-    _pool.run(
-        lambda begin, end: _nearest_of_pairs(first, second, to_second, to_first, begin, end), first.shape[0]
-    )
+    _pool.run(lambda begin, end: _nearest_of_pairs(first, second, to_second, to_first, begin, end), first.shape[0])
     return torch.from_numpy(to_second), torch.from_numpy(to_first)

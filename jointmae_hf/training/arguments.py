@@ -57,6 +57,10 @@ class PreTrainingArguments:
     gradient_accumulation_steps: int = _argument(1, "Forward passes of a process to an optimizer step.")
     learning_rate: float = _argument(1e-3, "Highest learning rate: warm-up to it, then cosine to 0.")
     warmup_ratio: float = _argument(0.05, "Share of the steps over which the learning rate rises from 0.")
+    decoder_warmup_steps: int = _argument(
+        150,
+        "First steps, a fifth of the run at most, in which the decoder learns alone: keeps features from collapsing.",
+    )
     weight_decay: float = _argument(0.05, "Weight decay of matrices; biases, norms and tokens have none.")
     adam_beta1: float = _argument(0.9, "First beta of AdamW.")
     adam_beta2: float = _argument(0.95, "Second beta of AdamW.")
@@ -92,7 +96,14 @@ class PreTrainingArguments:
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "epochs", "learning_rate"):
             self._require(name, getattr(self, name) > 0, "more than 0")
-        for name in ("shuffle_buffer_size", "weight_decay", "max_grad_norm", "grad_norm_steps", "save_steps"):
+        for name in (
+            "shuffle_buffer_size",
+            "weight_decay",
+            "max_grad_norm",
+            "grad_norm_steps",
+            "save_steps",
+            "decoder_warmup_steps",
+        ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")

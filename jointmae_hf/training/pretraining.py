@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from json import dumps, loads
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedConfig
@@ -81,6 +81,7 @@ DECISIVE = (
     "rotation",
     "learning_rate",
     "warmup_ratio",
+    "decoder_warmup_steps",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -166,6 +167,12 @@ class PreTrainer:
 
         self.config = build_config(arguments)
         self.accelerator = self._build_accelerator()
+        # The launcher may have decided these.
+        self.arguments = replace(
+            arguments,
+            mixed_precision=self.accelerator.mixed_precision,
+            gradient_accumulation_steps=self.accelerator.gradient_accumulation_steps,
+        )
         self.is_main = self.accelerator.is_main_process
         # On a GPU, a step's losses are read when the next one is under way.
         self.lag = 0 if self.accelerator.device.type == "cpu" else 1
@@ -189,7 +196,6 @@ class PreTrainer:
             dynamo_backend="inductor" if arguments.compile else None,
             log_with=trackers or None,
             project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / _TRACKERS)),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         if len(accelerator.log_with) < len(trackers):
             raise ValueError(f"`report_to` is {arguments.report_to!r}, but not all of these trackers are installed.")
@@ -233,7 +239,7 @@ class PreTrainer:
             "batch_size": arguments.batch_size,
             "num_processes": self.accelerator.num_processes,
             "process_index": self.accelerator.process_index,
-            "accumulation": self.accelerator.gradient_accumulation_steps,
+            "accumulation": arguments.gradient_accumulation_steps,
         }
         source = (arguments.dataset, arguments.split, arguments.streaming, arguments.dataset_config_name)
         with self.accelerator.main_process_first():  # one process fills the cache of `datasets`
@@ -257,6 +263,7 @@ class PreTrainer:
             self.steps_per_epoch = self.data.steps_per_epoch
             self.total_steps = arguments.max_steps or max(1, round(arguments.epochs * self.steps_per_epoch))
         self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
+        self.decoder_warmup_steps = min(arguments.decoder_warmup_steps, self.total_steps // 5)
         self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
         if self.evaluates and self.is_main:
             self.test_table = self._load_table(arguments.eval_split)
@@ -428,7 +435,7 @@ class PreTrainer:
         device, accumulation = accelerator.device, self.layout["accumulation"]
         torch.manual_seed(step_seed(arguments.seed, step, accelerator.process_index))
         for group in self.raw_optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
+            group["lr"] = self._learning_rate(step, self.decoder_warmup_steps if group["is_encoder"] else 0)
         total, grad_norms = torch.zeros(len(self.terms), device=device), {}
         for part in range(accumulation):
             batch, self.progress.position = next(batches)
@@ -441,6 +448,10 @@ class PreTrainer:
                     grad_norms = loss_gradient_norms(losses, self.shared_encoder, scale)
                 accelerator.backward(outputs.loss)
                 total += torch.stack([outputs[name].detach().float() for name in self.terms]) / accumulation
+        if step <= self.decoder_warmup_steps:  # nor may what the encoder is spared count in its moments
+            for parameter in self.raw_model.joint_mae.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
         grad_norm = accelerator.clip_grad_norm_(self.raw_model.parameters(), arguments.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -483,8 +494,8 @@ class PreTrainer:
                     f"{name} is {value} at step {step}. Training stopped and saved nothing since. {kept}"
                 )
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate_at(step, self.total_steps, self.warmup_steps, self.arguments.learning_rate)
+    def _learning_rate(self, step: int, start: int = 0) -> float:
+        return learning_rate_at(step, self.total_steps, self.warmup_steps, self.arguments.learning_rate, start)
 
     def _log(self, step: int, grad_norms: dict[str, float], samples_per_second: float):
         """A line of the log: means since the last one."""
@@ -586,9 +597,7 @@ class PreTrainer:
 
     def _save_model(self, model: JointMAEForPreTraining):
         config = self.config
-        processor = JointMAEPointCloudProcessor(
-            num_points=config.num_points, image_size=config.image_size, splat_size=config.splat_size
-        )
+        processor = JointMAEPointCloudProcessor.from_config(config)
         staging = self.output_dir / "model.partial"
         shutil.rmtree(staging, ignore_errors=True)
         save_model(model, staging)
@@ -653,7 +662,8 @@ def remove_earlier_run(output_dir: Path):
     for path in list_checkpoints(output_dir):
         shutil.rmtree(path)
     shutil.rmtree(output_dir / _TRACKERS, ignore_errors=True)
-    for pattern in (LOG, RESULT, MODEL, "config.json", "preprocessor_config.json", "*_joint_mae.py", "reconstructions.png"):
+    model_files = (MODEL, "config.json", "preprocessor_config.json", "*_joint_mae.py")
+    for pattern in (LOG, RESULT, *model_files, "reconstructions.png"):
         for file in output_dir.glob(pattern):
             file.unlink()
 

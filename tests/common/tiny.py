@@ -8,8 +8,8 @@ from jointmae_hf.geometry_joint_mae import project_depth, view_projection
 
 
 BATCH_SIZE = 2
-# The encoder of pre-training sees 2 of 8 tokens of the cloud and 6 of 9 of the image: with 8 tokens its attention is as
-# long as that of the models that see the cloud alone, which the common tests want of all classes.
+# The encoder of pre-training sees 2 of 8 tokens of the cloud and 6 of 9 of the image: 8 tokens, as many as the models
+# that are given the cloud alone. The common tests want one length of attention for all classes.
 NUM_TOKENS = 8
 NUM_PATCHES = 9
 
@@ -44,7 +44,6 @@ def tiny_points(seed: int = 0, batch_size: int = BATCH_SIZE, num_points: int = 3
     """Points on ellipsoids."""
     points = torch.randn(batch_size, num_points, 3, generator=torch.Generator().manual_seed(seed))
     return nn.functional.normalize(points, dim=-1) * torch.tensor([1.0, 0.7, 0.4])
-
 
 
 def image_of(points: torch.Tensor, config: JointMAEConfig) -> dict[str, torch.Tensor]:

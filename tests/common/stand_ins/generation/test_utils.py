@@ -1,4 +1,4 @@
-"""Stand-in for a base class that the source distribution leaves out; only looked for, and only on generative models."""
+"""Stand-in for a base class that the source distribution leaves out; the common tests only ask who inherits it."""
 
 
 class GenerationTesterMixin:
