@@ -601,10 +601,8 @@ def test_models_build_on_the_meta_device():
 @pytest.mark.parametrize("name", ["tiny", "small", "base"])
 def test_presets_run(name):
     config = JointMAEConfig.from_preset(name)
-    assert (
-        config.num_visible_tokens == config.num_centers[-1] / 4
-        and config.num_visible_patches == config.num_patches / 4
-    )
+    assert config.num_visible_tokens == config.num_centers[-1] // 4
+    assert config.num_visible_patches == config.num_patches // 4
     model = build(JointMAEForPreTraining, config)
     points = clouds(1, config.num_points)
     assert model(points).loss.isfinite()

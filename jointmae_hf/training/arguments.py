@@ -51,7 +51,7 @@ class PreTrainingArguments:
     rotation: Literal["none", "x", "y", "z", "so3"] = _argument("none", "Random rotation: about one axis, or any.")
 
     # Length and optimisation
-    epochs: float = _argument(16.0, "Passes over the data set.")
+    epochs: float = _argument(18.0, "Passes over the data set.")
     max_steps: int | None = _argument(None, "Optimizer steps, instead of --epochs.")
     batch_size: int = _argument(32, "Samples of an optimizer step, over all processes and accumulation steps.")
     gradient_accumulation_steps: int = _argument(1, "Forward passes of a process to an optimizer step.")
