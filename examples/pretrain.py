@@ -8,6 +8,7 @@ Without `--dataset` it trains on the data next to this script. `--help` lists al
 """
 
 import logging
+import os
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -15,7 +16,7 @@ from transformers import HfArgumentParser
 from jointmae_hf.training import PreTrainingArguments, pretrain
 
 
-EMBEDDED_DATASET = Path(__file__).resolve().parent / "data" / "kicad-parts"
+EMBEDDED_DATASET = Path(os.path.relpath(Path(__file__).parent / "data" / "kicad-parts"))
 
 
 def main():

@@ -35,6 +35,9 @@ class PreTrainingArguments:
     num_workers: int | None = _argument(
         None, "Processes that prepare batches ahead; a stream uses one at most (default: 2 with a GPU, else 0)."
     )
+    num_threads: int | None = _argument(
+        None, "Threads of each process on a CPU (default: all cores shared out; `accelerate launch` would give one)."
+    )
 
     # Model
     preset: str = _argument("tiny", "Size of a new model: tiny, small or base.")
@@ -107,7 +110,7 @@ class PreTrainingArguments:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("max_steps", "save_total_limit"):
+        for name in ("max_steps", "save_total_limit", "num_threads"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2 ** 63 - 1")
         self._require("max_steps", not self.streaming or self.max_steps is not None, "a number with `streaming`")

@@ -197,6 +197,9 @@ class PreTrainer:
             log_with=trackers or None,
             project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / _TRACKERS)),
         )
+        if accelerator.device.type == "cpu":
+            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+            torch.set_num_threads(arguments.num_threads or max(1, available_cores() // local_processes))
         if len(accelerator.log_with) < len(trackers):
             raise ValueError(f"`report_to` is {arguments.report_to!r}, but not all of these trackers are installed.")
         if arguments.compile and arguments.grad_norm_steps:
@@ -696,6 +699,11 @@ def device_name(device: torch.device) -> str:
             name = line.partition(":")[2].strip()
             break
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def git_commit() -> str | None:
