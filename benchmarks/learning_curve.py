@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jointmae_hf import JointMAEForPreTraining
 from jointmae_hf.data.loading import PointTable, load_point_table
 from jointmae_hf.evaluation import extract_features, linear_svm, reconstruction_losses
@@ -24,16 +26,26 @@ from jointmae_hf.training.pretraining import build_untrained_model, device_name,
 EMBEDDED_DATASET = Path(__file__).resolve().parent.parent / "examples" / "data" / "kicad-parts"
 
 
+def effective_rank(features: np.ndarray) -> float:
+    """How many directions standardised features `(clouds, width)` fill: exp of the entropy of their spectrum."""
+    deviation = features.std(0)
+    standard = (features - features.mean(0))[:, deviation > 1e-6] / deviation[deviation > 1e-6]
+    spectrum = np.linalg.svd(standard.astype(np.float64), compute_uv=False) ** 2
+    shares = spectrum[spectrum > 0] / spectrum.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def evaluate(model: JointMAEForPreTraining, tables: dict[str, tuple[PointTable, PointTable]]) -> dict[str, Any]:
-    """Accuracy of every layer on every set, and held-out losses on the first set."""
+    """Accuracy of every layer and rank of the last on every set, and held-out losses on the first set."""
     layers = list(range(model.config.num_hidden_layers + 1))
-    result: dict[str, Any] = {"accuracy_by_layer": {}}
+    result: dict[str, Any] = {"accuracy_by_layer": {}, "effective_rank": {}}
     for name, (train, test) in tables.items():
         features = [extract_features(model, table.points, layers) for table in (train, test)]
         result["accuracy_by_layer"][name] = [
             linear_svm(of_train, train.labels, of_test, test.labels)["accuracy"]
             for of_train, of_test in zip(*features, strict=True)
         ]
+        result["effective_rank"][name] = effective_rank(features[0][-1])
     held_out = next(iter(tables.values()))[1].points
     result["held_out"] = reconstruction_losses(model, held_out)
     with averaged_encoder_output(model):
@@ -83,6 +95,9 @@ def main():
     }
     batch_size, seed = result["arguments"]["batch_size"], result["arguments"]["seed"]
     checkpoints = {int(re.search(r"\d+$", path.name)[0]): path for path in arguments.run.glob("checkpoint-*")}
+    missing = set(arguments.steps or []) - set(checkpoints)
+    if missing:
+        parser.error(f"--steps: {arguments.run} has no checkpoint of {sorted(missing)}")
     curve = []
     for step in [0, *sorted(arguments.steps or checkpoints)]:
         model = (

@@ -33,7 +33,7 @@ from jointmae_hf.data.loading import load_point_clouds, load_point_dataset
 from jointmae_hf.training import CheckpointError, NonFiniteLossError, PreTrainingArguments, checkpoints, pretrain
 from jointmae_hf.training.arguments import build_config, parse_config_overrides
 from jointmae_hf.training.optimization import build_optimizer, learning_rate_at, loss_gradient_norms, parameter_groups
-from jointmae_hf.training.pretraining import build_untrained_model
+from jointmae_hf.training.pretraining import available_cores, build_untrained_model
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
@@ -667,3 +667,14 @@ def test_the_script_does_nothing_when_imported_and_finds_its_data():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.EMBEDDED_DATASET == SCRIPT.parent / "data" / "kicad-parts"
+
+
+def test_a_run_on_the_cpu_has_the_threads_it_was_told(make):
+    before = torch.get_num_threads()
+    try:
+        pretrain(make("one", max_steps=1, num_threads=1))
+        assert torch.get_num_threads() == 1
+        pretrain(make("all", max_steps=1))
+        assert torch.get_num_threads() == available_cores()
+    finally:
+        torch.set_num_threads(before)
