@@ -72,6 +72,7 @@ def draw(curve: list[dict[str, Any]], names: list[str], path: Path):
         axis.axhline(curve[0]["accuracy_by_layer"][name][-1], color="grey", linestyle=":", label="untrained, final")
         axis.set(title=name, xlabel="samples seen", ylabel="linear SVM accuracy, %")
         axis.set_xscale("symlog", linthresh=max(1, samples[1]))
+        axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(fontsize=8, frameon=False, title="layer", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
