@@ -10,10 +10,10 @@ from pathlib import Path
 import datasets
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import to_rgba_array
 from PIL import Image
 
 from jointmae_hf.data.kicad import PART_NAMES, KicadReport
+from jointmae_hf.visualization import scatter_cloud
 
 
 PART_COLORS = ("#3b4252", "#e0932f", "#d64550", "#49a6c9", "#4f9d69")
@@ -209,10 +209,6 @@ def draw_contact_sheet(rows: datasets.Dataset, path: Path, num_classes: int = 20
     chosen = classes[np.linspace(0, len(classes) - 1, num_classes).round().astype(int)]
     num_columns = 4 * shapes_per_class
     figure, axes = plt.subplots(-(-num_classes // 4), num_columns, figsize=(num_columns * 1.3, num_classes * 0.37))
-    azimuth, elevation = np.radians([35, 28])
-    right = np.array([np.cos(azimuth), np.sin(azimuth), 0])
-    toward = np.array([np.sin(azimuth) * np.cos(elevation), -np.cos(azimuth) * np.cos(elevation), np.sin(elevation)])
-    view = np.stack([right, np.cross(toward, right), toward])
     for axis in axes.flat:
         axis.set_axis_off()
     for label, pair in zip(chosen, axes.reshape(-1, shapes_per_class), strict=False):
@@ -220,13 +216,7 @@ def draw_contact_sheet(rows: datasets.Dataset, path: Path, num_classes: int = 20
         spread = np.linspace(0, len(members) - 1, shapes_per_class).astype(int)
         for axis, i in zip(pair, members[spread], strict=True):
             shape = rows.with_format("numpy")[int(i)]
-            x, y, depth = view @ shape["points"].astype(np.float32).T
-            order = np.argsort(depth)
-            fade = 0.55 * (depth.max() - depth) / max(np.ptp(depth), 1e-6)  # far points fade, or the cloud looks flat
-            colors = to_rgba_array(PART_COLORS)[shape["part_labels"], :3]
-            colors = colors + fade[:, None] * (1 - colors)
-            axis.scatter(x[order], y[order], s=3, c=colors[order], linewidths=0)
-            axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
+            scatter_cloud(axis, shape["points"], np.array(PART_COLORS)[shape["part_labels"]])
         pair[0].set_title(rows.features["label"].int2str(int(label)), loc="left", fontsize=8)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in PART_COLORS]
     figure.legend(handles, PART_NAMES, loc="lower center", ncols=len(PART_NAMES), frameon=False, fontsize=9)
