@@ -1,6 +1,6 @@
 """How good frozen features are in the course of pre-training: a linear SVM on every checkpoint of a run, per layer.
 
-    python examples/pretrain.py --output_dir outputs/long --epochs 64 --save_steps 600 --save_total_limit 1000
+    python examples/pretrain.py --output_dir outputs/long --epochs 70 --save_steps 100 --save_total_limit 1000
     python benchmarks/learning_curve.py outputs/long --output benchmarks/results/learning_curve
 
 Writes OUTPUT.json and OUTPUT.png. Other labelled sets are added with `--dataset name=folder`, each with splits train
@@ -110,7 +110,7 @@ def main():
         print(json.dumps(curve[-1]), flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "training": {key: result[key] for key in ("command", "arguments", "config") if key in result},
+        "training": {key: result[key] for key in ("command", "git_commit", "arguments", "config")},
         "protocol": "frozen encoder, 3D alone, standardised features, SVC(kernel='linear', C=0.01), every checkpoint",
         "datasets": {name: {"train": len(a.points), "test": len(b.points)} for name, (a, b) in tables.items()},
         "versions": versions(),

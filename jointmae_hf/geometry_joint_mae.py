@@ -31,7 +31,7 @@ try:  # the same results, faster; absent where these files are loaded from the H
     from jointmae_hf import kernels
 except ImportError:
     kernels = None
-if getattr(kernels, "INTERFACE", None) != 1:  # these files may have been saved by another release of the package
+if getattr(kernels, "INTERFACE", None) != 2:  # these files may have been saved by another release of the package
     kernels = None
 
 
@@ -41,9 +41,9 @@ MIN_DEPTH = 0.2
 _EPS = 1e-6
 
 
-def _has_kernel(points: torch.Tensor) -> bool:
-    """Whether the kernels can take these float32 points; an exported graph must consist of plain operators."""
-    if kernels is None or points.device.type not in kernels.DEVICES or points.dtype != torch.float32:
+def _has_kernel(operator: str, points: torch.Tensor) -> bool:
+    """Whether a kernel can take these float32 points; an exported graph must consist of plain operators."""
+    if kernels is None or points.dtype != torch.float32 or operator not in kernels.DEVICES.get(points.device.type, ()):
         return False
     return not (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
@@ -118,7 +118,7 @@ def farthest_point_sample(
         int64 indices `(batch, num_samples)`.
     """
     points = points.float()
-    if _has_kernel(points):
+    if _has_kernel("farthest_point_sample", points):
         return kernels.farthest_point_sample(points, num_samples, point_mask)
     batch_size, num_points, _ = points.shape
     num_distinct = min(num_samples, num_points)
@@ -172,10 +172,9 @@ def knn(
         ValueError: if there are fewer than `k` points.
     """
     num_points = points.shape[1]
-    if k > num_points:
-        raise ValueError(f"`k` is {k}, but there are only {num_points} points to choose neighbours from.")
+    _check_neighbors(k, num_points)
     queries, points = queries.float(), points.float()
-    if _has_kernel(points):
+    if _has_kernel("knn", points):
         return kernels.knn(queries, points, k, point_mask)
     rows = max(1, chunk_size // max(1, queries.shape[0] * num_points))
     chunks = []
@@ -191,6 +190,11 @@ def knn(
     return indices
 
 
+def _check_neighbors(k: int, num_points: int):
+    if k > num_points:
+        raise ValueError(f"`k` is {k}, but there are only {num_points} points to choose neighbours from.")
+
+
 def _smallest(distance: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the `k` smallest of non-negative distances, in order, ties to the lower index."""
     if torch.compiler.is_exporting():
@@ -199,6 +203,34 @@ def _smallest(distance: torch.Tensor, k: int) -> torch.Tensor:
     index = torch.arange(distance.shape[-1], device=distance.device)
     key = (distance.contiguous().view(torch.int32).to(torch.int64) << 32) | index
     return key.topk(k, dim=-1, largest=False).values & 0xFFFFFFFF
+
+
+def group_nearest(
+    points: torch.Tensor, centers: torch.Tensor, k: int, point_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The neighbourhood of each centre: [`knn`] and [`group_points`] in one step, in float32.
+
+    Args:
+        points: `(batch, num_points, 3)`.
+        centers: `(batch, num_groups, 3)` in the same unit.
+        k: number of neighbours.
+        point_mask: optional boolean `(batch, num_points)`, true for real points; see [`knn`].
+
+    Returns:
+        int64 indices `(batch, num_groups, k)`, and the coordinates `(batch, num_groups, k, 3)` of these points
+        relative to their centre.
+
+    Raises:
+        ValueError: if there are fewer than `k` points.
+    """
+    _check_neighbors(k, points.shape[1])
+    points, centers = points.float(), centers.float()
+    differentiated = torch.is_grad_enabled() and (points.requires_grad or centers.requires_grad)
+    if _has_kernel("group_nearest", points) and not differentiated:
+        return kernels.group_nearest(points, centers, k, point_mask)
+    indices = knn(centers, points, k, point_mask)
+    return indices, group_points(points, centers, indices)
 
 
 def bounding_box(points: torch.Tensor, point_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,7 +314,10 @@ def project_depth(
     Returns:
         float32 `(batch, 1, image_size, image_size)` in [0, 1].
     """
-    row, column, depth = project_points(points, projection).unbind(-1)
+    projected = project_points(points, projection)
+    if _has_kernel("splat_depth", projected):
+        return kernels.splat_depth(projected, image_size, splat_size, point_mask)
+    row, column, depth = projected.unbind(-1)
     last = image_size - 1
     pixel = row.round().clamp(0, last).long() * image_size + column.round().clamp(0, last).long()
     depth = depth.clamp(0.0, 1.0)
@@ -327,6 +362,9 @@ def chamfer_distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Ten
     """
     dtype = torch.promote_types(torch.promote_types(predicted.dtype, target.dtype), torch.float32)
     predicted, target = predicted.to(dtype), target.to(dtype)
+    if _has_kernel("nearest_distances", predicted) and predicted.shape[:-2] == target.shape[:-2]:
+        forward, backward, _, _ = kernels.nearest_distances(_pairs(predicted), _pairs(target))
+        return (forward.mean(-1) + backward.mean(-1)).view(predicted.shape[:-2])
     to_target, to_predicted = _nearest_both_ways(predicted, target)
     nearest_target = target.gather(-2, to_target.unsqueeze(-1).expand(*to_target.shape, target.shape[-1]))
     nearest_predicted = predicted.gather(
@@ -340,11 +378,16 @@ def chamfer_distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def _nearest_both_ways(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Index of the nearest point of the other set, both ways."""
-    if _has_kernel(first) and first.shape[:-2] == second.shape[:-2]:
-        indices = kernels.nearest_both_ways(first.flatten(0, -3), second.flatten(0, -3))
+    if _has_kernel("nearest_both_ways", first) and first.shape[:-2] == second.shape[:-2]:
+        indices = kernels.nearest_both_ways(_pairs(first), _pairs(second))
         return indices[0].view(first.shape[:-1]), indices[1].view(second.shape[:-1])
     distance = pairwise_squared_distance(first, second)
     return distance.argmin(-1), distance.argmin(-2)
+
+
+def _pairs(sets: torch.Tensor) -> torch.Tensor:
+    """`(..., n, 3)` to `(pairs, n, 3)`."""
+    return sets.reshape(sets.shape[:-2].numel(), *sets.shape[-2:])
 
 
 def sample_depth(pixel_values: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:

@@ -407,13 +407,20 @@ class JointMAEAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        num_keys: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All tokens attend to the first `num_keys`, or to all of them."""
         input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        context = hidden_states if num_keys is None else hidden_states[:, :num_keys]
+        query, key, value = (
+            projection(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for projection, states in (
+                (self.q_proj, hidden_states),
+                (self.k_proj, context),
+                (self.v_proj, context),
+            )
+        )
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -474,9 +481,10 @@ class JointMAELayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        num_keys: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, num_keys, **kwargs)
         hidden_states = hidden_states + self.drop_path(attended)
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
@@ -664,7 +672,12 @@ def pool_tokens(tokens: torch.Tensor) -> torch.Tensor:
 
 
 class JointMAEDecoder(nn.Module):
-    """Joint decoder: mask tokens enter before the modal-shared part, then one decoder for each modality."""
+    """
+    Joint decoder: mask tokens enter before the modal-shared part, then one decoder for each modality.
+
+    All tokens attend to visible ones only, as in CrossMAE. If mask tokens saw each other, the centres of all groups
+    would tell the decoder the shape, and it would learn to do without the encoder.
+    """
 
     def __init__(self, config: JointMAEConfig):
         super().__init__()
@@ -694,7 +707,6 @@ class JointMAEDecoder(nn.Module):
         centers: torch.Tensor,
         num_visible: int,
         patches: torch.Tensor | None,
-        num_visible_patches: int,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -703,33 +715,34 @@ class JointMAEDecoder(nn.Module):
             centers: `(batch, 3D tokens, 3)`, visible ones first.
             num_visible: number of visible 3D tokens.
             patches: optional patch indices `(batch, patches)`, visible ones first.
-            num_visible_patches: number of visible patches.
 
         Returns:
             Predictions for the masked tokens: `(batch, masked, 3 * num_target_points)` and
             `(batch, masked patches, patch_size ** 2 * num_channels)`.
         """
-        batch_size, num_tokens = centers.shape[:2]
-        visible = self.embed(hidden_states)
-        masked = self.mask_tokens[0].expand(batch_size, num_tokens - num_visible, -1).to(visible.dtype)
-        points = torch.cat([visible[:, :num_visible], masked], dim=1) + self.modality_embeddings[0]
-        states = points
-        if patches is not None:
-            masked = self.mask_tokens[1].expand(batch_size, patches.shape[1] - num_visible_patches, -1)
-            image = torch.cat([visible[:, num_visible:], masked.to(visible.dtype)], dim=1)
-            states = torch.cat([points, image + self.modality_embeddings[1]], dim=1)
-        states = states + self.position_embeddings(centers, patches)
+        num_tokens, num_keys = centers.shape[1], hidden_states.shape[1]
+        encoded = self.embed(hidden_states).split([num_visible, num_keys - num_visible], dim=1)
+        positions = self.position_embeddings(centers, patches).tensor_split([num_tokens], dim=1)
+        visible, masked = [], []
+        for modality in range(1 if patches is None else 2):
+            seen, unseen = positions[modality].tensor_split([encoded[modality].shape[1]], dim=1)
+            visible.append(encoded[modality] + seen + self.modality_embeddings[modality])
+            masked.append(self.mask_tokens[modality] + unseen + self.modality_embeddings[modality])
+        states = torch.cat(visible + masked, dim=1)
         for layer in self.shared_layers:
-            states = layer(states, **kwargs)
-        point_states, image_states = states[:, :num_tokens], states[:, num_tokens:]
+            states = layer(states, num_keys=num_keys, **kwargs)
+        parts = states.split([part.shape[1] for part in visible + masked], dim=1)
+
+        points = torch.cat(parts[:: len(visible)], dim=1)
         for layer in self.point_layers:
-            point_states = layer(point_states, **kwargs)
-        point_output = self.point_head(self.point_norm(point_states[:, num_visible:]))
+            points = layer(points, num_keys=num_visible, **kwargs)
+        point_output = self.point_head(self.point_norm(points[:, num_visible:]))
         if patches is None:
             return point_output, None
+        image = torch.cat(parts[1::2], dim=1)
         for layer in self.image_layers:
-            image_states = layer(image_states, **kwargs)
-        return point_output, self.image_head(self.image_norm(image_states[:, num_visible_patches:]))
+            image = layer(image, num_keys=num_keys - num_visible, **kwargs)
+        return point_output, self.image_head(self.image_norm(image[:, num_keys - num_visible :]))
 
 
 class JointMAEForPreTraining(JointMAEPreTrainedModel):
@@ -810,7 +823,7 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         )
         ordered = gather_points(outputs.centers, torch.cat([visible_tokens, masked_tokens], dim=1))
         point_output, patch_output = self.decoder(
-            outputs.last_hidden_state, ordered, config.num_visible_tokens, patches, config.num_visible_patches
+            outputs.last_hidden_state, ordered, config.num_visible_tokens, patches
         )
 
         masked_centers = ordered[:, config.num_visible_tokens :].float()
@@ -1018,7 +1031,8 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
             check_labels(labels, self.num_labels)
             if point_mask is not None:
                 labels = labels.masked_fill(~point_mask, -100)
-            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            total = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+            loss = total / (labels != -100).sum().clamp_min(1)  # 0, not NaN, for a batch without a labelled point
         return JointMAEHeadOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -138,9 +138,20 @@ def test_report_holds_what_was_measured(model, tmp_path):
     assert (tmp_path / report["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_without_labels_has_no_accuracy(model, tmp_path):
+@pytest.mark.parametrize(
+    "left_out, losses",
+    [
+        ({}, {"loss_3d", "loss_2d", "loss_cross"}),
+        ({"use_cross_loss": False}, {"loss_3d", "loss_2d"}),
+        ({"use_image_branch": False}, {"loss_3d"}),
+    ],
+)
+def test_report_holds_what_there_is_to_measure(left_out, losses, tmp_path):
+    model = JointMAEForPreTraining(JointMAEConfig(**TINY, **left_out))
     table = PointTable(shapes(6, 0).points, None, None)
-    assert "linear_svm" not in pretraining_report(model, model, table, table, tmp_path)
+    report = pretraining_report(model, model, table, table, tmp_path)
+    assert "linear_svm" not in report  # without labels
+    assert all(report["reconstruction"][key].keys() == losses for key in ("held_out", "encoder_output_averaged"))
 
 
 @pytest.mark.parametrize("use_image_branch", [True, False])

@@ -63,7 +63,7 @@ def reconstruction_losses(
                 patch_noise=torch.rand(size, config.num_patches, generator=generator).to(device),
             )
             for name in ("loss_3d", "loss_2d", "loss_cross"):
-                if outputs[name] is not None:
+                if name in outputs:  # a model without the 2D branch or the cross loss goes without theirs
                     totals[name] = totals.get(name, 0.0) + outputs[name].item() * size
     finally:
         model.train(was_training)

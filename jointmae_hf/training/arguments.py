@@ -54,16 +54,12 @@ class PreTrainingArguments:
     rotation: Literal["none", "x", "y", "z", "so3"] = _argument("none", "Random rotation: about one axis, or any.")
 
     # Length and optimisation
-    epochs: float = _argument(18.0, "Passes over the data set.")
+    epochs: float = _argument(20.0, "Passes over the data set.")
     max_steps: int | None = _argument(None, "Optimizer steps, instead of --epochs.")
-    batch_size: int = _argument(32, "Samples of an optimizer step, over all processes and accumulation steps.")
+    batch_size: int = _argument(16, "Samples of an optimizer step, over all processes and accumulation steps.")
     gradient_accumulation_steps: int = _argument(1, "Forward passes of a process to an optimizer step.")
     learning_rate: float = _argument(1e-3, "Highest learning rate: warm-up to it, then cosine to 0.")
     warmup_ratio: float = _argument(0.05, "Share of the steps over which the learning rate rises from 0.")
-    decoder_warmup_steps: int = _argument(
-        150,
-        "First steps, a fifth of the run at most, in which the decoder learns alone: keeps features from collapsing.",
-    )
     weight_decay: float = _argument(0.05, "Weight decay of matrices; biases, norms and tokens have none.")
     adam_beta1: float = _argument(0.9, "First beta of AdamW.")
     adam_beta2: float = _argument(0.95, "Second beta of AdamW.")
@@ -105,7 +101,6 @@ class PreTrainingArguments:
             "max_grad_norm",
             "grad_norm_steps",
             "save_steps",
-            "decoder_warmup_steps",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):

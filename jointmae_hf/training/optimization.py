@@ -16,27 +16,20 @@ def build_optimizer(
     model: PreTrainedModel, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and kernels only."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:
-    """
-    Groups of trainable parameters by two marks: whether they are decayed (not biases, norms and learned tokens)
-    [relative], and whether they are of the encoder, which starts to learn later.
-    """
-    encoder = {id(parameter) for parameter in model.base_model.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Trainable parameters in two groups: those that are decayed, and biases, norms and learned tokens [relative]."""
+    decayed, spared = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_spared = parameter.ndim <= 1 or name.rpartition(".")[2] in _TOKENS
-            groups.setdefault((id(parameter) in encoder, is_spared), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": 0.0 if is_spared else weight_decay, "is_encoder": is_encoder}
-        for (is_encoder, is_spared), parameters in groups.items()
-    ]
+            (spared if is_spared else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, start: int = 0) -> float:
+def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
     """
     Learning rate of an optimizer step: linear warm-up to `peak`, then cosine to 0. A pure function, so there is no
     scheduler to save.
@@ -45,11 +38,11 @@ def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float
         step: 1 to `total_steps`. The last warm-up step has the peak; 0 would be reached one step after the last.
         total_steps, warmup_steps: lengths in optimizer steps.
         peak: highest learning rate.
-        start: up to this step it is 0, and the warm-up comes after it; the cosine is the same.
     """
-    rise = min(1.0, max(0, step - start) / warmup_steps) if warmup_steps else float(step > start)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
     progress = max(0, step - 1 - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return peak * rise * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def loss_gradient_norms(

@@ -58,6 +58,7 @@ from .checkpoints import (
     verify_checkpoint,
 )
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
+from .threads import ReplicaThreads
 
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,6 @@ DECISIVE = (
     "rotation",
     "learning_rate",
     "warmup_ratio",
-    "decoder_warmup_steps",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -266,7 +266,6 @@ class PreTrainer:
             self.steps_per_epoch = self.data.steps_per_epoch
             self.total_steps = arguments.max_steps or max(1, round(arguments.epochs * self.steps_per_epoch))
         self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
-        self.decoder_warmup_steps = min(arguments.decoder_warmup_steps, self.total_steps // 5)
         self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
         if self.evaluates and self.is_main:
             self.test_table = self._load_table(arguments.eval_split)
@@ -296,6 +295,7 @@ class PreTrainer:
             arguments.weight_decay,
             (arguments.adam_beta1, arguments.adam_beta2),
         )
+        self.threads = self._build_threads()
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         self.shared_encoder = list(self.raw_model.joint_mae.layers.parameters())
         config = self.config
@@ -306,6 +306,16 @@ class PreTrainer:
                 self.loss_weights["loss_cross"] = config.cross_loss_weight
         # In the order in which a value that is not finite is blamed: the total comes after its terms.
         self.terms = [*self.loss_weights, "loss"]
+
+    def _build_threads(self) -> ReplicaThreads | None:
+        """Threads that share the batches of a process on the CPU, where it has several and the model allows it."""
+        config, threads = self.config, torch.get_num_threads()
+        alone = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+        random = config.drop_path_rate > 0 or config.attention_probs_dropout_prob > 0
+        divides = self.data.part_size % threads == 0
+        if not alone or threads == 1 or random or not divides or self.arguments.compile:
+            return None
+        return ReplicaThreads(self.raw_model, threads, self.accelerator.autocast)
 
     def _resume(self, checkpoint: Path) -> Progress:
         state = read_json(checkpoint / STATE)
@@ -438,12 +448,15 @@ class PreTrainer:
         device, accumulation = accelerator.device, self.layout["accumulation"]
         torch.manual_seed(step_seed(arguments.seed, step, accelerator.process_index))
         for group in self.raw_optimizer.param_groups:
-            group["lr"] = self._learning_rate(step, self.decoder_warmup_steps if group["is_encoder"] else 0)
+            group["lr"] = self._learning_rate(step)
         total, grad_norms = torch.zeros(len(self.terms), device=device), {}
         for part in range(accumulation):
             batch, self.progress.position = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(self.model):
+                if self.threads is not None and not measures:
+                    total += self.threads.backward(batch, self.terms, 1 / accumulation) / accumulation
+                    continue
                 outputs = self.model(**batch)
                 if measures and part == 0:
                     losses = {name: weight * outputs[name] for name, weight in self.loss_weights.items()}
@@ -451,10 +464,6 @@ class PreTrainer:
                     grad_norms = loss_gradient_norms(losses, self.shared_encoder, scale)
                 accelerator.backward(outputs.loss)
                 total += torch.stack([outputs[name].detach().float() for name in self.terms]) / accumulation
-        if step <= self.decoder_warmup_steps:  # nor may what the encoder is spared count in its moments
-            for parameter in self.raw_model.joint_mae.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
         grad_norm = accelerator.clip_grad_norm_(self.raw_model.parameters(), arguments.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -497,8 +506,8 @@ class PreTrainer:
                     f"{name} is {value} at step {step}. Training stopped and saved nothing since. {kept}"
                 )
 
-    def _learning_rate(self, step: int, start: int = 0) -> float:
-        return learning_rate_at(step, self.total_steps, self.warmup_steps, self.arguments.learning_rate, start)
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate_at(step, self.total_steps, self.warmup_steps, self.arguments.learning_rate)
 
     def _log(self, step: int, grad_norms: dict[str, float], samples_per_second: float):
         """A line of the log: means since the last one."""

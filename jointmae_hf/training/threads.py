@@ -1,0 +1,73 @@
+"""Data parallelism over the threads of one CPU process.
+
+A small model keeps two cores busier with half a batch each than with two threads in every operator. The replicas share
+the weights of the model and have gradients of their own, so nothing is copied but gradients, once a step.
+"""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+
+class ReplicaThreads:
+    """
+    Threads that run forward and backward passes over slices of a batch.
+
+    Args:
+        model: the model, on the CPU; its weights stay where they are. It may draw nothing at random itself, since
+            threads share torch's generator.
+        num_threads: how many; a batch is cut into as many slices of equal size.
+        context: made anew in each thread for its forward pass, autocast for example.
+    """
+
+    def __init__(
+        self, model: nn.Module, num_threads: int, context: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        self.model = model
+        self.context = context
+        self.replicas = [copy.deepcopy(model) for _ in range(num_threads)]
+        for replica in self.replicas:
+            for own, shared in zip(replica.parameters(), model.parameters(), strict=True):
+                own.data = shared.data
+        # Each thread computes alone; operators that split work further would only get in the way of the others.
+        self.executor = ThreadPoolExecutor(num_threads, "replica", initializer=torch.set_num_threads, initargs=(1,))
+
+    def backward(self, batch: dict[str, torch.Tensor], terms: list[str], scale: float = 1.0) -> torch.Tensor:
+        """
+        Adds the gradient of the loss of a batch to that of the model.
+
+        Args:
+            batch: inputs of the model; their first axis, of equal length in all, must divide among the threads.
+            terms: names of scalar outputs, means over the batch.
+            scale: multiplies the loss.
+
+        Returns:
+            The values of `terms`.
+        """
+        count = len(self.replicas)
+        slices = {name: tensor.chunk(count) for name, tensor in batch.items()}
+        work = [
+            self.executor.submit(
+                self._backward, replica, {name: parts[i] for name, parts in slices.items()}, terms, scale / count
+            )
+            for i, replica in enumerate(self.replicas)
+        ]
+        values = torch.stack([done.result() for done in work]).mean(0)
+        for shared, *own in zip(*(module.parameters() for module in [self.model, *self.replicas]), strict=True):
+            for parameter in own:
+                if parameter.grad is not None:
+                    shared.grad = parameter.grad if shared.grad is None else shared.grad.add_(parameter.grad)
+                    parameter.grad = None
+        return values
+
+    def _backward(
+        self, replica: nn.Module, batch: dict[str, torch.Tensor], terms: list[str], scale: float
+    ) -> torch.Tensor:
+        with self.context():
+            outputs = replica(**batch)
+        (outputs.loss * scale).backward()
+        return torch.stack([outputs[name].detach().float() for name in terms])
