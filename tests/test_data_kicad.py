@@ -28,7 +28,7 @@ from jointmae_hf.data.kicad import (
     shape_signature,
     split_by_family,
     triangle_areas,
-    write_parquet,
+    write_splits,
 )
 
 
@@ -409,7 +409,7 @@ def test_workers_change_nothing(built):
 
 def test_written_parquet_loads_with_its_features(built, tmp_path):
     _, parts, _ = built
-    paths = write_parquet(parts, tmp_path)
+    paths = write_splits(parts, tmp_path)
     assert [p.name for p in paths] == ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"]
     loaded = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     for split in parts:

@@ -16,16 +16,16 @@ import functools
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
-from tqdm.auto import tqdm
+
+from .builders.core import ShapeItem, normalize_unit_sphere, read_rows, write_parquet, write_shards
+from .loading import clouds_from_arrow
 
 
 PART_NAMES = ("body", "metal", "label", "glass", "board")
@@ -221,12 +221,6 @@ def sample_surface(
     u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)  # fold the square onto the triangle
     a, b, c = triangles[index].swapaxes(0, 1)
     return a + u * (b - a) + v * (c - a), index
-
-
-def normalize_unit_sphere(points: np.ndarray) -> np.ndarray:
-    """Points `(n, 3)` centred on their mean, the farthest one at distance 1."""
-    centered = points - points.mean(axis=0)
-    return centered / np.linalg.norm(centered, axis=1).max()
 
 
 def morton_order(points: np.ndarray, part_labels: np.ndarray, bits: int = 10) -> np.ndarray:
@@ -441,6 +435,7 @@ def build_kicad_dataset(
     coordinate_bits: int = 10,
     copyright_file: str | Path | None = None,
     num_workers: int = 1,
+    parts_folder: str | Path | None = None,
 ) -> tuple[datasets.DatasetDict, KicadReport]:
     """Builds the `train` and `test` splits from `library_root`, KiCad's `3dmodels` folder.
 
@@ -449,15 +444,23 @@ def build_kicad_dataset(
 
     `max_per_class` and `max_shapes` (which lowers the former until it fits) thin out the finished split, so a shape of
     the test split is one in every size of the set. Classes of fewer than `min_per_class` shapes are left out. Files
-    that cannot be read are skipped and listed in the report. Raises `FileNotFoundError` when there is no model in the
-    folder and `ValueError` when no class is large enough.
+    that cannot be read are skipped and listed in the report. With `parts_folder`, what was read is kept there, and a
+    build that was killed goes on from it. Raises `FileNotFoundError` when there is no model in the folder and
+    `ValueError` when no class is large enough or the parts were made with other settings.
     """
     paths = sorted(Path(library_root).glob("*.3dshapes/*.wrl"))
     if not paths:
         raise FileNotFoundError(f"library_root={str(library_root)!r} holds no `<library>.3dshapes/<part>.wrl`")
     debian_copyright = read_debian_copyright(copyright_file) if copyright_file else None
     free_paths = [p for p in paths if not is_gpl(p, debian_copyright)]
-    read, unreadable = _load_shapes(free_paths, num_points, seed, coordinate_bits, num_workers)
+    items = [ShapeItem(f"{p.parent.name.removesuffix('.3dshapes')}/{p.stem}", "all", 0, p) for p in free_paths]
+    settings = {"num_points": num_points, "seed": seed, "coordinate_bits": coordinate_bits}
+    if parts_folder is None:
+        outcomes = list(read_rows(items, functools.partial(_load_item, **settings), num_workers))
+        read = [shape for shape in outcomes if not isinstance(shape, str)]
+        unreadable = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    else:
+        read, unreadable = _load_resumable(items, Path(parts_folder), settings, num_workers)
     shapes = drop_near_duplicates(read)
     num_duplicates = len(read) - len(shapes)
 
@@ -515,22 +518,40 @@ def build_kicad_dataset(
     return datasets.DatasetDict(splits), report
 
 
-def _load_shapes(
-    paths: Sequence[Path], num_points: int, seed: int, coordinate_bits: int, num_workers: int
+def _load_item(item: ShapeItem, **settings) -> KicadShape:
+    return load_shape(item.path, **settings)
+
+
+def _load_row(item: ShapeItem, **settings) -> dict:
+    return vars(load_shape(item.path, **settings))
+
+
+def _load_resumable(
+    items: Sequence[ShapeItem], folder: Path, settings: dict[str, int], num_workers: int
 ) -> tuple[list[KicadShape], list[str]]:
-    """Shapes of the readable files, and a reason for each of the others."""
-    load = functools.partial(_load_or_reason, num_points=num_points, seed=seed, coordinate_bits=coordinate_bits)
-    with ProcessPoolExecutor(num_workers) as pool:  # starts no process before its first task
-        outcomes: Iterable = pool.map(load, paths, chunksize=8) if num_workers > 1 else map(load, paths)
-        outcomes = list(tqdm(outcomes, total=len(paths), desc="Sampling", unit="shape"))
-    return [o for o in outcomes if not isinstance(o, str)], [o for o in outcomes if isinstance(o, str)]
+    """Shapes of the readable files, and a reason for each of the others, by way of shards in `folder`."""
+    import pyarrow.parquet as pq
 
-
-def _load_or_reason(path: Path, **kwargs) -> KicadShape | str:
-    try:
-        return load_shape(path, **kwargs)
-    except (OSError, ValueError) as error:
-        return str(error)
+    num_points = settings["num_points"]
+    features = datasets.Features(
+        {
+            "library": datasets.Value("string"),
+            "name": datasets.Value("string"),
+            "points": datasets.Array2D((num_points, 3), "float16"),
+            "part_labels": datasets.List(datasets.Value("uint8"), length=num_points),
+            "signature": datasets.List(datasets.Value("float64")),
+        }
+    )
+    read = functools.partial(_load_row, **settings)
+    report = write_shards(items, read, features, folder, {"source": "kicad", **settings}, num_workers)
+    shapes = []
+    for path in sorted((folder / "data").glob("*.parquet")):
+        table = pq.read_table(path)
+        clouds = clouds_from_arrow(table["points"]) if len(table) else []
+        for points, row in zip(clouds, table.drop(["points"]).to_pylist(), strict=True):
+            part_labels, signature = np.array(row["part_labels"], np.uint8), np.array(row["signature"])
+            shapes.append(KicadShape(row["library"], row["name"], points, part_labels, signature))
+    return shapes, list(report.unreadable.values())
 
 
 def _class_limit(classes: Sequence[str], max_shapes: int | None, max_per_class: int | None) -> int:
@@ -542,25 +563,11 @@ def _class_limit(classes: Sequence[str], max_shapes: int | None, max_per_class: 
     return limit
 
 
-def write_parquet(dataset: datasets.DatasetDict, folder: str | Path) -> list[Path]:
-    """Writes `folder/data/<split>-00000-of-00001.parquet`, one file a split, as small as parquet makes it.
-
-    `Dataset.to_parquet` chooses its own compression, hence the table is written here; `load_dataset` finds the
-    features in its schema either way.
-    """
+def write_splits(dataset: datasets.DatasetDict, folder: str | Path) -> list[Path]:
+    """Writes `folder/data/<split>-00000-of-00001.parquet`, one file a split, as small as parquet makes it."""
     paths = []
     for split, rows in dataset.items():
         path = Path(folder) / "data" / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(
-            rows.with_format("arrow")[:],
-            path,
-            row_group_size=len(rows),
-            data_page_size=2**26,  # one page a column, so that the compressor sees all of it
-            compression="zstd",
-            compression_level=22,
-            use_dictionary=["part_labels.list.element", "label", "name", "library", "family"],
-            column_encoding={"points.list.element.list.element": "BYTE_STREAM_SPLIT"},
-        )
+        write_parquet(rows, path, compression_level=22, row_group_size=len(rows))
         paths.append(path)
     return paths

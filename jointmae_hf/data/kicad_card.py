@@ -8,15 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 
-from jointmae_hf.data.kicad import PART_NAMES, KicadReport
-from jointmae_hf.visualization import scatter_cloud
+from .builders.card import choose_examples, draw_contact_sheet
+from .kicad import PART_NAMES, KicadReport
 
-
-PART_COLORS = ("#3b4252", "#e0932f", "#d64550", "#49a6c9", "#4f9d69")
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -146,7 +142,13 @@ def write_card(
     `command` is what makes the set again, `source` names the package the models came in.
     """
     folder = Path(folder)
-    draw_contact_sheet(dataset["train"], folder / "contact_sheet.png")
+    rows = dataset["train"].with_format("numpy")
+    examples = choose_examples(np.array(rows["label"]))
+    names = rows.features["label"].names
+    shapes = {
+        names[c]: [(rows[i]["points"], rows[i]["part_labels"]) for i in map(int, r)] for c, r in examples.items()
+    }
+    draw_contact_sheet(shapes, folder / "contact_sheet.png", PART_NAMES)
     facts = describe(dataset, report, command, source)
     (folder / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
     (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(**facts), encoding="utf-8")
@@ -199,28 +201,3 @@ def package_version(doc: Path) -> str:
     with gzip.open(changelog, "rt", encoding="utf-8") as file:
         package, version = file.readline().split()[:2]
     return f"Debian package `{package}` {version.strip('()')}"
-
-
-def draw_contact_sheet(rows: datasets.Dataset, path: Path, num_classes: int = 20, shapes_per_class: int = 2) -> None:
-    """Some shapes of some classes, seen from above at an angle, points coloured by part."""
-    labels = np.array(rows["label"])
-    classes = np.unique(labels)
-    num_classes = min(num_classes, len(classes))
-    chosen = classes[np.linspace(0, len(classes) - 1, num_classes).round().astype(int)]
-    num_columns = 4 * shapes_per_class
-    figure, axes = plt.subplots(-(-num_classes // 4), num_columns, figsize=(num_columns * 1.3, num_classes * 0.37))
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for label, pair in zip(chosen, axes.reshape(-1, shapes_per_class), strict=False):
-        members = np.flatnonzero(labels == label)
-        spread = np.linspace(0, len(members) - 1, shapes_per_class).astype(int)
-        for axis, i in zip(pair, members[spread], strict=True):
-            shape = rows.with_format("numpy")[int(i)]
-            scatter_cloud(axis, shape["points"], np.array(PART_COLORS)[shape["part_labels"]])
-        pair[0].set_title(rows.features["label"].int2str(int(label)), loc="left", fontsize=8)
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in PART_COLORS]
-    figure.legend(handles, PART_NAMES, loc="lower center", ncols=len(PART_NAMES), frameon=False, fontsize=9)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.05, wspace=0, hspace=0.2)
-    figure.savefig(path, dpi=110, facecolor="white")
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)

@@ -112,8 +112,8 @@ def draw_contact_sheet(
     A picture of shapes seen from above at an angle, points coloured by part.
 
     Args:
-        shapes: clouds `(n, 3)` in the unit sphere and the part of each point `(n,)` or `None`, by class; the same number
-            for each class.
+        shapes: clouds `(n, 3)` in the unit sphere and the part of each point `(n,)` or `None`, by class; the same
+            number for each class.
         path: the PNG file to write.
         part_names: names for the legend; many parts, as those of many classes are, have none.
 

@@ -5,7 +5,7 @@ is read. Notable choices:
 
 - Which shapes make a shard is settled before the first is read, and a shape depends on the seed and its own name
   alone. A build that was killed goes on after its last whole shard and ends in the same bytes as one that was not.
-- A shard is written beside its place and moved there; `build.json` says which ones are done. Nothing is ever half there.
+- A shard is written beside its place and moved there; `build.json` says which ones are done. Nothing is half there.
 - A shape that cannot be read is left out and reported with its reason. Building again tries only the shards that have
   such shapes, so a repaired file finds its place.
 - A layout that is not the one a builder knows is an error before anything is written.
