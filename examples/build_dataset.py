@@ -6,8 +6,8 @@
     python examples/build_dataset.py kicad --source /usr/share/kicad/3dmodels --output kicad-parts
 
 The output folder is a Hub repository: parquet files, a card with the counts and a contact sheet.
-`load_dataset("shapes")` reads it, and so does `examples/pretrain.py --dataset shapes`. A build that was stopped goes on
-when it is started again.
+`load_dataset("shapes")` reads it, and so does `examples/pretrain.py --dataset shapes`. A build that was stopped goes
+on when it is started again.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from jointmae_hf.data.builders.folder import open_folder
 
 COMMON = {"num_points": None, "seed": 0}
 TABLES = {"dtype": "float32", "rows_per_shard": 1024}
+LICENSE = {"license": "unknown"}
 KICAD = {"max_shapes": None, "max_per_class": None, "min_per_class": 20, "coordinate_bits": 10}
 
 
@@ -39,7 +40,9 @@ def parse_args() -> argparse.Namespace:
     tables = parser.add_argument_group("all but kicad")
     tables.add_argument("--dtype", choices=["float32", "float16"], default=TABLES["dtype"])
     tables.add_argument("--rows_per_shard", type=int, default=TABLES["rows_per_shard"])
-    tables.add_argument("--license", default="unknown", help="licence of a `folder`, an identifier of the Hub")
+    tables.add_argument(
+        "--license", default=LICENSE["license"], help="licence of a `folder`, an identifier of the Hub"
+    )
 
     kicad = parser.add_argument_group("kicad")
     kicad.add_argument(
@@ -71,7 +74,7 @@ def build_tables(args: argparse.Namespace) -> None:
     source = open_folder(args.source, args.license) if is_folder else open_source(args.name, args.source)
     chosen = {name: getattr(args, name) for name in (COMMON | TABLES)}
     report = build_dataset(source, args.output, num_workers=args.num_workers, **chosen)
-    write_card(source, report, args.output, command_line(args, COMMON | TABLES))
+    write_card(source, report, args.output, command_line(args, COMMON | TABLES | LICENSE))
     print(report)
 
 

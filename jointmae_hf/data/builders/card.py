@@ -50,7 +50,7 @@ points = shapes["{first_split}"][0]["points"]  # ({num_points}, 3), in the unit 
 | column | type | meaning |
 |---|---|---|
 | `points` | {dtype} `({num_points}, 3)` | centred on their mean, the farthest at distance 1 |
-{part_column}| `label` | class label | the class, in the official order |
+{part_column}| `label` | class label | the class, numbered in the order of the table below |
 | `name` | string | where the shape comes from in its source |
 
 ## Splits
@@ -100,7 +100,8 @@ def choose_examples(labels: np.ndarray, num_classes: int = 20, shapes_per_class:
     num_classes = min(num_classes, len(classes))
     chosen = classes[np.linspace(0, len(classes) - 1, num_classes).round().astype(int)]
     members = {int(label): np.flatnonzero(labels == label) for label in chosen}
-    return {c: rows[np.linspace(0, len(rows) - 1, shapes_per_class).astype(int)] for c, rows in members.items()}
+    spread = np.linspace(0, 1, shapes_per_class)
+    return {c: rows[np.unique(((len(rows) - 1) * spread).astype(int))] for c, rows in members.items()}
 
 
 def draw_contact_sheet(
@@ -112,8 +113,7 @@ def draw_contact_sheet(
     A picture of shapes seen from above at an angle, points coloured by part.
 
     Args:
-        shapes: clouds `(n, 3)` in the unit sphere and the part of each point `(n,)` or `None`, by class; the same
-            number for each class.
+        shapes: clouds `(n, 3)` in the unit sphere and the part of each point `(n,)` or `None`, by class.
         path: the PNG file to write.
         part_names: names for the legend; many parts, as those of many classes are, have none.
 
@@ -128,7 +128,7 @@ def draw_contact_sheet(
     except ImportError as error:
         raise ImportError('Pictures need matplotlib: pip install "jointmae-hf[train]".') from error
 
-    shapes_per_class = len(next(iter(shapes.values())))
+    shapes_per_class = max(map(len, shapes.values()))
     num_rows, num_columns = -(-len(shapes) // 4), 4 * shapes_per_class
     figure = Figure(figsize=(num_columns * 1.3, num_rows * 1.48))
     FigureCanvasAgg(figure)
@@ -136,7 +136,7 @@ def draw_contact_sheet(
     for axis in axes.flat:
         axis.set_axis_off()
     for (name, clouds), group in zip(shapes.items(), axes.reshape(-1, shapes_per_class), strict=False):
-        for axis, (points, parts) in zip(group, clouds, strict=True):
+        for axis, (points, parts) in zip(group, clouds, strict=False):
             colors = _CLOUD_COLOR if parts is None else np.array(PART_COLORS)[np.asarray(parts) % len(PART_COLORS)]
             scatter_cloud(axis, points, colors)
         group[0].set_title(name, loc="left", fontsize=8)
