@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from .builders.card import choose_examples, draw_contact_sheet
+from .builders.card import choose_examples, draw_contact_sheet, fingerprint
 from .kicad import PART_NAMES, KicadReport
 
 
@@ -31,6 +31,7 @@ tags:
 - kicad
 configs:
 - config_name: default
+  description: {fingerprint}
   data_files:
   - split: train
     path: data/train-*.parquet
@@ -137,7 +138,7 @@ of any kind.
 def write_card(
     dataset: datasets.DatasetDict, report: KicadReport, folder: str | Path, command: str, source: str
 ) -> None:
-    """Writes `README.md`, `ATTRIBUTION.md` and `contact_sheet.png` into `folder`.
+    """Writes `README.md`, `ATTRIBUTION.md` and `contact_sheet.png` into `folder`, beside the tables.
 
     `command` is what makes the set again, `source` names the package the models came in.
     """
@@ -150,6 +151,7 @@ def write_card(
     }
     draw_contact_sheet(shapes, folder / "contact_sheet.png", PART_NAMES)
     facts = describe(dataset, report, command, source)
+    facts["fingerprint"] = fingerprint(folder / "data" / f"{split}-00000-of-00001.parquet" for split in dataset)
     (folder / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
     (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(**facts), encoding="utf-8")
 

@@ -1,8 +1,9 @@
 """The card and the contact sheet of a built data set; every number in them is counted from the finished tables."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ tags:
 - point-cloud-classification{more_tags}
 configs:
 - config_name: default
+  description: {fingerprint}
   data_files:
 {data_files}
 ---
@@ -149,6 +151,20 @@ def draw_contact_sheet(
     Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
+def fingerprint(paths: Iterable[Path]) -> str:
+    """
+    A checksum of files, for the header of a card.
+
+    `datasets` finds a local folder with a card in its cache by the folder's name and that header; without this, it
+    would give the tables of another folder of that name, or older ones.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
 def _read_labels(paths: Sequence[Path]) -> np.ndarray:
     import pyarrow.parquet as pq
 
@@ -200,6 +216,7 @@ def _describe(
         "size_category": _size_category(total),
         "more_tags": "\n- part-segmentation" if source.part_names is not None else "",
         "data_files": "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in tables),
+        "fingerprint": fingerprint(path for paths in tables.values() for path in paths),
         "num_shapes": total,
         "num_classes": len(source.class_names),
         "description": source.description,
