@@ -407,6 +407,24 @@ def test_workers_change_nothing(built):
         assert again[split].to_dict() == parts[split].to_dict()
 
 
+def test_a_build_goes_on_from_the_parts_it_has_read(tmp_path):
+    root = header_library(tmp_path / "library")
+    (root / "Package_QFP.3dshapes" / "Torn.wrl").write_text(part(2)[:300])
+    expected, report = build_kicad_dataset(root, num_points=16, min_per_class=4)
+    parts_folder, counts = tmp_path / "parts", []
+    for num_workers in (1, 2):
+        built, resumed = build_kicad_dataset(
+            root, num_points=16, min_per_class=4, parts_folder=parts_folder, num_workers=num_workers
+        )
+        assert resumed == report and len(report.unreadable) == 1
+        for split in expected:
+            assert built[split].to_dict() == expected[split].to_dict()
+        counts.append(len(list(parts_folder.rglob("*.parquet"))))
+    assert counts == [1, 1]
+    with pytest.raises(ValueError, match="holds a build with num_points 16, not 32"):
+        build_kicad_dataset(root, num_points=32, min_per_class=4, parts_folder=parts_folder)
+
+
 def test_written_parquet_loads_with_its_features(built, tmp_path):
     _, parts, _ = built
     paths = write_splits(parts, tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import ShapeItem, ShapeSource
+from .core import MESH_POINTS, ShapeItem, ShapeSource
 from .reading import (
     plain_name,
     read_h5_row,
@@ -55,7 +55,7 @@ def open_modelnet(root: str | Path, num_classes: int = 40) -> ShapeSource:
     elif any(root.glob("*/train/*.off")):
         items = _scan_off(root, classes)
         read, form = read_shape_file, "points sampled on the meshes, evenly by area"
-        num_points = None
+        num_points = MESH_POINTS
     else:
         raise FileNotFoundError(
             f"{root} holds no ModelNet: neither `<class>/train/*.off`, nor `train_files.txt` with `ply_data_*.h5`, "

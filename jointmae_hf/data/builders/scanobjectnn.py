@@ -16,7 +16,7 @@ VARIANTS = {
     "pb-t50-rs": (
         "main_split",
         "_augmentedrot_scale75",
-        "with background, shifted by up to half their size, rotated and scaled, five times each",
+        "with background, shifted by up to half their size, rotated and scaled, about five times each",
     ),
 }
 _SIZES = {
