@@ -22,6 +22,7 @@ Notable choices:
 - Nothing is repaired in silence. Bad input is refused with the index of the cloud; trimesh is needed for meshes only.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -41,6 +42,8 @@ SAMPLINGS = ("random", "farthest", "none")
 ARRAY_SUFFIXES = (".npy", ".npz")
 TEXT_SUFFIXES = (".xyz", ".txt", ".pts", ".csv")
 MESH_SUFFIXES = (".ply", ".obj", ".stl", ".off", ".glb", ".gltf")
+# Comments may stand before and after the magic word; ModelNet has files with the counts glued to it: `OFF490 518 0`.
+_OFF_HEADER = re.compile(r"(?:\s|#[^\n]*\n)*(?:ST|C|N)*OFF(?:\s|#[^\n]*\n)*(\d+)[ \t]+(\d+)[^\n]*\n")
 # Columns of a row of a data set, or arrays of an .npz file, that may hold the cloud.
 POINT_KEYS = ("points", "mesh")
 
@@ -496,9 +499,10 @@ def _read_file(source: Path | BytesIO, suffix: str, name: str) -> Any:
     try:
         if suffix in ARRAY_SUFFIXES:
             return _read_array(source)
-        if suffix in TEXT_SUFFIXES:
+        if suffix in (*TEXT_SUFFIXES, ".off"):
             content = source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
-            return _read_text(content.decode("utf-8-sig", errors="replace"))
+            text = content.decode("utf-8-sig", errors="replace")
+            return _read_text(text) if suffix in TEXT_SUFFIXES else trimesh.Trimesh(*_read_off(text), process=False)
         # `process` would merge vertices and drop bad ones in silence; materials would open more files.
         return trimesh.load_scene(source, file_type=suffix[1:], process=False, skip_materials=True)
     except Exception as error:  # readers raise whatever a broken file makes them stumble over
@@ -543,6 +547,34 @@ def _are_numbers(tokens: list[str], columns: tuple[int, ...]) -> bool:
         return all(float(tokens[column]) is not None for column in columns)
     except (ValueError, IndexError):
         return False
+
+
+def _read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Vertices `(v, 3)` and triangles `(f, 3)` of an OFF file; faces of more corners become fans, colours are left out.
+
+    Of a torn file trimesh returns what there is, and version 5.2 reads no faces of five corners and more.
+    """
+    header = _OFF_HEADER.match(text)
+    if header is None:
+        raise ValueError("it does not begin with OFF and two counts")
+    num_vertices, num_faces = int(header[1]), int(header[2])
+    lines = [line.partition("#")[0].strip() for line in text[header.end() :].splitlines()]
+    lines = [line for line in lines if line]
+    if len(lines) < num_vertices + num_faces:
+        raise ValueError(
+            f"it is torn: {len(lines)} lines follow a header that promises {num_vertices} vertices and "
+            f"{num_faces} faces"
+        )
+    vertices = np.loadtxt(lines[:num_vertices], usecols=(0, 1, 2), ndmin=2) if num_vertices else np.empty((0, 3))
+    triangles = []
+    for line in lines[num_vertices : num_vertices + num_faces]:
+        count, *corners = line.split()
+        if len(corners) < int(count):
+            raise ValueError(f"it is torn: a face of {count} corners has {len(corners)}")
+        first, *others = map(int, corners[: int(count)])
+        triangles += [(first, second, third) for second, third in zip(others, others[1:], strict=False)]
+    return vertices, np.array(triangles, dtype=np.int64).reshape(-1, 3)
 
 
 def _as_points(item: Any, name: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from hub_server import HubServer
 from jointmae_hf.data.builders import ShapeItem, ShapeSource, build_dataset, open_folder, open_source, write_card
 from jointmae_hf.data.builders.core import normalize_unit_sphere
 from jointmae_hf.data.builders.modelnet import MODELNET10_CLASSES, MODELNET40_CLASSES
-from jointmae_hf.data.builders.reading import plain_name, read_off, read_shape_file
+from jointmae_hf.data.builders.reading import plain_name, read_shape_file
 from jointmae_hf.data.builders.scanobjectnn import SCANOBJECTNN_CLASSES
 from jointmae_hf.data.builders.shapenet import PART_BOUNDS, SHAPENET55_CLASSES, SHAPENETPART_CLASSES
 from jointmae_hf.data.loading import load_point_clouds, load_point_dataset, load_point_table
@@ -141,25 +141,6 @@ def test_modelnet_meshes_are_sampled_whether_or_not_the_header_is_glued(tmp_path
     z = points[0][:, 2]
     ends = (np.abs(z - z.max()) < 1e-4) | (np.abs(z - z.min()) < 1e-4)
     assert ends.mean() == pytest.approx(4 / 22, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("text", "num_triangles"),
-    [
-        ("OFF\n5 2 0\n{}3 0 1 2\n3 0 2 3\n", 2),
-        ("OFF5 2 0\r\n{}3 0 1 2\r\n3 0 2 3\r\n", 2),
-        ("# made by hand\nOFF # version 2\n\n5 2 9\n{}\n4 0 1 2 3  0.5 0.5 0.5\n3 0 2 3", 3),
-        ("COFF 5 2\n{}5 0 1 2 3 4\n2 0 1\n", 3),
-        ("OFF\n5 0 0\n{}", 0),
-    ],
-)
-def test_off_files_are_read_in_all_their_dialects(tmp_path, text, num_triangles):
-    corners = "0 0 0\n1  0 0\n1 1 0 255 0 0\n\n0 1 0 # the fourth\n -1e0 .5 0\n"
-    path = write(tmp_path / "mesh.off", text.format(corners))
-    vertices, triangles = read_off(path)
-    np.testing.assert_array_equal(vertices, [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [-1, 0.5, 0]])
-    assert triangles.shape == (num_triangles, 3)
-    assert num_triangles == 0 or triangles[:2].tolist() == [[0, 1, 2], [0, 2, 3]]
 
 
 def test_modelnet10_is_taken_out_of_every_form_of_modelnet40(tmp_path):

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 # Enough for a few compressed chunks of any of the files, so that reading row after row unpacks each chunk once.
 _CHUNK_CACHE = 2**27
-# Comments may stand before and after the magic word; ModelNet has files with the counts glued to it: `OFF490 518 0`.
-_OFF_HEADER = re.compile(r"(?:\s|#[^\n]*\n)*(?:ST|C|N)*OFF(?:\s|#[^\n]*\n)*(\d+)[ \t]+(\d+)[^\n]*\n")
 
 
 def read_shape_file(item: ShapeItem, num_points: int, seed: int) -> tuple[np.ndarray, None]:
@@ -35,47 +33,10 @@ def read_shape_file(item: ShapeItem, num_points: int, seed: int) -> tuple[np.nda
     suffix = item.path.suffix.lower()
     if suffix not in MESH_SUFFIXES:
         return _read_cloud(item.path, "the file", num_points, seed), None
-    if suffix == ".off":
-        vertices, faces = read_off(item.path)
-    else:
-        vertices, faces = _mesh_arrays(_read_file(item.path, suffix, "the file"), "the file")
-    if faces is None or not len(faces):
+    vertices, faces = _mesh_arrays(_read_file(item.path, suffix, "the file"), "the file")
+    if faces is None:
         return vertices, None
     return _sample_surface(vertices, faces, num_points, item_seed(item, seed), "the file"), None
-
-
-def read_off(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Vertices `(v, 3)` and triangles `(f, 3)` of an OFF file; faces of more corners become fans, colours are left out.
-
-    Of a torn file trimesh returns what there is, and version 5.2 reads no faces of five corners and more.
-
-    Raises:
-        ValueError: if the file is torn or no OFF file.
-    """
-    text = path.read_text(encoding="latin-1")
-    header = _OFF_HEADER.match(text)
-    if header is None:
-        raise ValueError("the file does not begin with OFF and two counts")
-    num_vertices, num_faces = int(header[1]), int(header[2])
-    lines = [line.partition("#")[0].strip() for line in text[header.end() :].splitlines()]
-    lines = [line for line in lines if line]
-    if len(lines) < num_vertices + num_faces:
-        raise ValueError(
-            f"the file is torn: {len(lines)} lines follow a header that promises {num_vertices} vertices and "
-            f"{num_faces} faces"
-        )
-    if not num_vertices:
-        return np.empty((0, 3)), np.empty((0, 3), np.int64)
-    vertices = np.loadtxt(lines[:num_vertices], usecols=(0, 1, 2), ndmin=2)
-    triangles = []
-    for line in lines[num_vertices : num_vertices + num_faces]:
-        count, *corners = line.split()
-        if len(corners) < int(count):
-            raise ValueError(f"the file is torn: a face of {count} corners has {len(corners)}")
-        first, *others = map(int, corners[: int(count)])
-        triangles += [(first, second, third) for second, third in zip(others, others[1:], strict=False)]
-    return vertices, np.array(triangles, dtype=np.int64).reshape(-1, 3)
 
 
 def read_table(path: Path, num_columns: int) -> np.ndarray:
