@@ -8,7 +8,8 @@ Notable choices:
   the points in it, so it exceeds none of them, and nothing is lost.
 - Arithmetic is in the order of the reference and without contraction, so that indices are the same. A distance and an
   index make one int64 key: keys sort by distance and, among equals, by index.
-- 32 distances or boxes are looked at in one loop that compilers turn into SIMD, and answer with one bit each.
+- 32 distances or boxes are looked at in one loop that LLVM turns into SIMD, and answer with one bit each. Minima and
+  maxima are those of bits, which sort as non-negative floats do: of floats it makes no SIMD here.
 - Threads come from a pool of our own and not from numba's, which may not be entered from two Python threads at once.
 """
 
@@ -38,6 +39,7 @@ _LAST_KEY = np.int64(0x7F8000007FFFFFFE)  # of an infinite distance: above the k
 _NO_KEY = np.int64(0x7FFFFFFFFFFFFFFF)
 _OCTAVES = np.int64(8 << 23) << 32  # eight halvings of the distance in a key
 _BIT, _NO_BIT = np.uint32(1), np.uint32(0)
+_INF_BITS, _LOWEST_BITS = np.int32(0x7F800000), np.int32(-(1 << 31))
 _NO_MASK = np.zeros((0, 0), dtype=np.bool_)
 _NO_OFFSETS = np.zeros((0, 0, 0, 0), dtype=np.float32)
 _NO_INDICES = np.zeros((0, 0), dtype=np.int64)
@@ -107,15 +109,25 @@ def _bounding_box(points, order):
 
 
 @_jit()
-def _spread_cell(value):
-    """Ten bits of a coordinate in cells, at every third place."""
-    last = np.float32(_MORTON_CELLS - 1)
-    # What overflows ends in some cell of the curve, which only costs time.
-    cell = np.uint32(last if value >= last else (value if value > np.float32(0.0) else np.float32(0.0)))
+def _spread(cell):
+    """Moves ten bits to every third place."""
     cell = (cell | cell << 16) & 0x30000FF
     cell = (cell | cell << 8) & 0x300F00F
     cell = (cell | cell << 4) & 0x30C30C3
     return (cell | cell << 2) & 0x9249249
+
+
+@_jit(_simd)
+def _curve_codes(points, low_x, low_y, low_z, scale):
+    """Morton codes; what overflows gets some code or other, which only costs time."""
+    codes = np.empty(points.shape[0], dtype=np.int32)
+    zero, last = np.float32(0.0), np.float32(_MORTON_CELLS - 1)
+    for i in range(points.shape[0]):
+        x = np.int32(min(max((points[i, 0] - low_x) * scale, zero), last))
+        y = np.int32(min(max((points[i, 1] - low_y) * scale, zero), last))
+        z = np.int32(min(max((points[i, 2] - low_z) * scale, zero), last))
+        codes[i] = _spread(x) | _spread(y) << 1 | _spread(z) << 2
+    return codes
 
 
 @_jit()
@@ -143,13 +155,10 @@ def _curve_order(points, order):
     low_x, low_y, low_z, high_x, high_y, high_z = _bounding_box(points, order)
     extent = max(max(high_x - low_x, high_y - low_y), max(high_z - low_z, np.float32(1e-30)))
     scale = np.float32(_MORTON_CELLS - 1) / extent
-    codes, other_codes = np.empty(order.shape[0], dtype=np.uint32), np.empty(order.shape[0], dtype=np.uint32)
-    for i in range(order.shape[0]):
-        point = points[order[i]]
-        x = _spread_cell((point[0] - low_x) * scale)
-        y = _spread_cell((point[1] - low_y) * scale)
-        z = _spread_cell((point[2] - low_z) * scale)
-        codes[i] = x | y << 1 | z << 2
+    codes = _curve_codes(points, low_x, low_y, low_z, scale)
+    if order.shape[0] < points.shape[0]:
+        codes = codes[order]
+    other_codes = np.empty_like(codes)
     other_order = np.empty_like(order)
     _sort_by_digit(codes, order, 0, other_codes, other_order)
     _sort_by_digit(other_codes, other_order, 10, codes, order)
@@ -246,10 +255,11 @@ def _boxes_within(node, x, y, z, limit):
 @_jit(_simd)
 def _nearest_box(node, x, y, z):
     """The child whose box is nearest, and its distance."""
-    nearest = _INF
+    nearest = _INF_BITS
     for child in range(WIDTH):
-        nearest = min(nearest, _box_distance(node, child, x, y, z))
-    return _lowest_bit(_boxes_within(node, x, y, z, nearest)), nearest
+        nearest = min(nearest, _bits_of(_box_distance(node, child, x, y, z)))
+    distance = _float_of(nearest)
+    return _lowest_bit(_boxes_within(node, x, y, z, distance)), distance
 
 
 @_jit()
@@ -272,15 +282,15 @@ def _nearest_leaf(tree, x, y, z):
 @_jit(_simd)
 def _lower(leaf, x, y, z):
     """Lowers the distances in a leaf to those from a new sample; returns the largest that is left."""
-    largest = np.float32(-2.0)
+    largest = _LOWEST_BITS
     for i in range(WIDTH):
         dx = leaf[i] - x
         dy = leaf[WIDTH + i] - y
         dz = leaf[2 * WIDTH + i] - z
         distance = min(leaf[3 * WIDTH + i], dx * dx + dy * dy + dz * dz)
         leaf[3 * WIDTH + i] = distance
-        largest = max(largest, distance)
-    return largest
+        largest = max(largest, _bits_of(distance))
+    return _float_of(largest)
 
 
 @_jit(_simd)
@@ -295,10 +305,12 @@ def _boxes_reached(node, x, y, z):
 
 @_jit(_simd)
 def _largest(node):
-    largest = np.float32(-2.0)
-    for child in range(WIDTH):
-        largest = max(largest, node[6 * WIDTH + child])
-    return largest
+    """Four at a time, since LLVM unrolls this short loop into one chain."""
+    a = b = c = d = _LOWEST_BITS
+    for child in range(6 * WIDTH, _NODE, 4):
+        a, b = max(a, _bits_of(node[child])), max(b, _bits_of(node[child + 1]))
+        c, d = max(c, _bits_of(node[child + 2])), max(d, _bits_of(node[child + 3]))
+    return _float_of(max(max(a, b), max(c, d)))
 
 
 @_jit(_simd)
@@ -314,7 +326,8 @@ def _first_at(leaf, order, distance):
     """The lowest index of a leaf with this distance."""
     first = _NOBODY
     for i in range(WIDTH):
-        first = min(first, order[i] if leaf[3 * WIDTH + i] == distance else _NOBODY)
+        index = order[i]
+        first = min(first, index if leaf[3 * WIDTH + i] == distance else _NOBODY)
     return first
 
 
@@ -422,6 +435,12 @@ def _key_in(leaf, order, i, x, y, z):
     return _key(dx * dx + dy * dy + dz * dz, order[i])
 
 
+@_jit(_simd)
+def _write_keys(leaf, order, x, y, z, keys):
+    for i in range(WIDTH):
+        keys[i] = _key_in(leaf, order, i, x, y, z)
+
+
 @_jit()
 def _count_up_to(keys, limit):
     count = 0
@@ -488,10 +507,11 @@ def _query(tree, x, y, z, k, keys, neighbors):
     # All points of the leaves about the nearest one give a first limit.
     looked = min((_FIRST_LOOK * k + WIDTH - 1) // WIDTH, num_leaves)
     first = max(0, min(_nearest_leaf(tree, x, y, z) - looked // 2, num_leaves - looked))
-    count = min(looked * WIDTH, tree.num_points - first * WIDTH)
-    for i in range(count):
-        leaf = first + i // WIDTH
-        keys[i] = _key_in(_leaf(tree, leaf), tree.order[leaf * WIDTH :], i % WIDTH, x, y, z)
+    for i in range(looked):
+        leaf = first + i
+        order = tree.order[leaf * WIDTH : (leaf + 1) * WIDTH]
+        _write_keys(_leaf(tree, leaf), order, x, y, z, keys[i * WIDTH : (i + 1) * WIDTH])
+    count = min(looked * WIDTH, tree.num_points - first * WIDTH)  # padding comes last
     last_key = _LAST_KEY
     if count > wanted + spare:
         count, last_key = _keep_smallest(keys, count, wanted, spare)
@@ -633,18 +653,19 @@ def _group_rows(points, mask, visible, scales, sampled, indices, offsets, begin,
 @_jit(_simd)
 def _nearest_in(leaf, order, x, y, z):
     """Key of the nearest point of a leaf."""
-    nearest = _INF
+    bits = _INF_BITS
     for i in range(WIDTH):
         dx = x - leaf[i]
         dy = y - leaf[WIDTH + i]
         dz = z - leaf[2 * WIDTH + i]
-        nearest = min(nearest, dx * dx + dy * dy + dz * dz)
-    first = _NOBODY
+        bits = min(bits, _bits_of(dx * dx + dy * dy + dz * dz))
+    nearest, first = _float_of(bits), _NOBODY
     for i in range(WIDTH):
         dx = x - leaf[i]
         dy = y - leaf[WIDTH + i]
         dz = z - leaf[2 * WIDTH + i]
-        first = min(first, order[i] if dx * dx + dy * dy + dz * dz == nearest else _NOBODY)
+        index = order[i]
+        first = min(first, index if dx * dx + dy * dy + dz * dz == nearest else _NOBODY)
     return _key(nearest, first)
 
 
@@ -689,16 +710,17 @@ def _nearest_both_ways(block, x, y, z, row):
 
     The block holds x, y, z, the distance of the nearest row, and its number, exact in float32.
     """
-    nearest = _INF
+    least = _INF_BITS
     for i in range(WIDTH):
         dx = x - block[i]
         dy = y - block[WIDTH + i]
         dz = z - block[2 * WIDTH + i]
         distance = dx * dx + dy * dy + dz * dz
-        nearest = min(nearest, distance)
-        block[4 * WIDTH + i] = row if distance < block[3 * WIDTH + i] else block[4 * WIDTH + i]
-        block[3 * WIDTH + i] = min(distance, block[3 * WIDTH + i])
-    bits = _NO_BIT
+        least = min(least, _bits_of(distance))
+        before, row_before = block[3 * WIDTH + i], block[4 * WIDTH + i]
+        block[4 * WIDTH + i] = row if distance < before else row_before
+        block[3 * WIDTH + i] = min(distance, before)
+    nearest, bits = _float_of(least), _NO_BIT
     for i in range(WIDTH):
         dx = x - block[i]
         dy = y - block[WIDTH + i]
