@@ -31,7 +31,7 @@ try:  # the same results, faster; absent where these files are loaded from the H
     from jointmae_hf import kernels
 except ImportError:
     kernels = None
-if getattr(kernels, "INTERFACE", None) != 2:  # these files may have been saved by another release of the package
+if getattr(kernels, "INTERFACE", None) != 3:  # these files may have been saved by another release of the package
     kernels = None
 
 
@@ -43,9 +43,13 @@ _EPS = 1e-6
 
 def _has_kernel(operator: str, points: torch.Tensor) -> bool:
     """Whether a kernel can take these float32 points; an exported graph must consist of plain operators."""
-    if kernels is None or points.dtype != torch.float32 or operator not in kernels.DEVICES.get(points.device.type, ()):
+    if kernels is None or points.dtype != torch.float32 or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
-    return not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+    if operator in kernels.DEVICES.get(points.device.type, ()):
+        return True
+    if not torch.compiler.is_compiling():
+        kernels.hint(points.device.type, points.shape[:-1].numel())
+    return False
 
 
 def gather_points(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -233,6 +237,71 @@ def group_nearest(
     return indices, group_points(points, centers, indices)
 
 
+def multiscale_groups(
+    points: torch.Tensor,
+    num_centers: list[int],
+    num_neighbors: list[int],
+    point_mask: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """
+    Groups of groups: the points sampled once, and at every scale the neighbourhoods of its centres, finest scale first.
+
+    The centres of a scale are the first of the finest ones. Their neighbours are points at the finest scale, and the
+    centres of the scale below at the others. Where only some coarsest groups are `visible`, a scale below holds only
+    the children of the groups above it, group by group and repeated where groups share one, as long as these are fewer
+    than all of its groups.
+
+    Args:
+        points: `(batch, num_points, 3)`.
+        num_centers: of each scale, finest first, not increasing.
+        num_neighbors: of each scale; at a coarser one at most as many as there are centres in the scale below.
+        point_mask: optional boolean `(batch, num_points)`, true for real points.
+        visible: optional int64 `(batch, visible)` in `0..num_centers[-1] - 1`, the coarsest groups that are wanted.
+
+    Returns:
+        finest centres `(batch, num_centers[0], 3)`; for each scale int64 indices `(batch, groups, k)`, into the points
+        at the finest scale and into the groups of the scale below at the others; and for each scale float32
+        coordinates `(batch, groups, k, 3)` relative to the centre of the group.
+
+    Raises:
+        ValueError: if a scale has fewer points or centres below it than neighbours.
+    """
+    _check_neighbors(num_neighbors[0], points.shape[1])
+    for k, finer in zip(num_neighbors[1:], num_centers[:-1], strict=True):
+        _check_neighbors(k, finer)
+    points = points.float()
+    num_groups = [num_centers[-1] if visible is None else visible.shape[1]]
+    for k, finer in zip(num_neighbors[:0:-1], num_centers[-2::-1], strict=True):
+        num_groups.insert(0, min(num_groups[0] * k, finer))
+    differentiated = torch.is_grad_enabled() and points.requires_grad
+    if _has_kernel("multiscale_groups", points) and not differentiated:
+        sampled, indices, offsets = kernels.multiscale_groups(
+            points, num_centers, num_neighbors, num_groups, point_mask, visible
+        )
+        shapes = [(points.shape[0], groups, k) for groups, k in zip(num_groups, num_neighbors, strict=True)]
+        sizes = [batch_size * groups * k for batch_size, groups, k in shapes]
+        return (
+            gather_points(points, sampled),
+            [part.view(shape) for part, shape in zip(indices.split(sizes), shapes, strict=True)],
+            [part.view(*shape, 3) for part, shape in zip(offsets.split(sizes), shapes, strict=True)],
+        )
+    centers = gather_points(points, farthest_point_sample(points, num_centers[0], point_mask))
+    indices, offsets, wanted = [], [], visible
+    for scale in range(len(num_centers) - 1, -1, -1):
+        group_centers = centers[:, : num_centers[scale]] if wanted is None else gather_points(centers, wanted)
+        finer, mask = (points, point_mask) if scale == 0 else (centers[:, : num_centers[scale - 1]], None)
+        children, relative = group_nearest(finer, group_centers, num_neighbors[scale], mask)
+        wanted = None
+        if scale > 0 and num_groups[scale - 1] < num_centers[scale - 1]:
+            wanted = children.flatten(1)
+            children = torch.arange(wanted.shape[1], device=points.device).view(1, *children.shape[1:])
+            children = children.repeat(points.shape[0], 1, 1)
+        indices.insert(0, children)
+        offsets.insert(0, relative)
+    return centers, indices, offsets
+
+
 def bounding_box(points: torch.Tensor, point_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Lowest and highest coordinates `(batch, 3)` each of `(batch, num_points, 3)`, padding left out."""
     if point_mask is None:
@@ -365,7 +434,9 @@ def chamfer_distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Ten
     if _has_kernel("nearest_distances", predicted) and predicted.shape[:-2] == target.shape[:-2]:
         forward, backward, _, _ = kernels.nearest_distances(_pairs(predicted), _pairs(target))
         return (forward.mean(-1) + backward.mean(-1)).view(predicted.shape[:-2])
-    to_target, to_predicted = _nearest_both_ways(predicted, target)
+    with torch.no_grad():
+        distance = pairwise_squared_distance(predicted, target)
+        to_target, to_predicted = distance.argmin(-1), distance.argmin(-2)
     nearest_target = target.gather(-2, to_target.unsqueeze(-1).expand(*to_target.shape, target.shape[-1]))
     nearest_predicted = predicted.gather(
         -2, to_predicted.unsqueeze(-1).expand(*to_predicted.shape, predicted.shape[-1])
@@ -373,16 +444,6 @@ def chamfer_distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Ten
     forward = _squared_distance(predicted, nearest_target).mean(-1)
     backward = _squared_distance(nearest_predicted, target).mean(-1)
     return forward + backward
-
-
-@torch.no_grad()
-def _nearest_both_ways(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the nearest point of the other set, both ways."""
-    if _has_kernel("nearest_both_ways", first) and first.shape[:-2] == second.shape[:-2]:
-        indices = kernels.nearest_both_ways(_pairs(first), _pairs(second))
-        return indices[0].view(first.shape[:-1]), indices[1].view(second.shape[:-1])
-    distance = pairwise_squared_distance(first, second)
-    return distance.argmin(-1), distance.argmin(-2)
 
 
 def _pairs(sets: torch.Tensor) -> torch.Tensor:
