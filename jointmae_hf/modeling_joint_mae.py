@@ -44,11 +44,10 @@ from .configuration_joint_mae import JointMAEConfig
 from .geometry_joint_mae import (
     chamfer_distance,
     depth_consistency,
-    farthest_point_sample,
     gather_points,
-    group_points,
+    group_nearest,
     interpolate_features,
-    knn,
+    multiscale_groups,
     patch_index,
     project_depth,
     project_points,
@@ -199,46 +198,14 @@ class JointMAEPointEmbeddings(nn.Module):
             tokens `(batch, visible, hidden_size)`, all coarsest centres `(batch, num_centers[-1], 3)`, features of the
             finest groups that were embedded, and the centres of all finest groups.
         """
-        sampled = farthest_point_sample(points, self.num_centers[0], point_mask)
-        centers = gather_points(points, sampled)  # (batch, num_centers[0], 3); coarser scales are prefixes
-        wanted, children = self._wanted_groups(centers, visible)
-
-        group_centers = centers if wanted[0] is None else gather_points(centers, wanted[0])
-        neighbors = knn(group_centers, points, self.num_neighbors[0], point_mask)
-        groups = group_points(points, group_centers, neighbors) / self.radii[0]
-        features = self.group_embedding(groups)  # (batch, groups, width)
-        finest_features = features
+        centers, indices, offsets = multiscale_groups(
+            points, self.num_centers, self.num_neighbors, point_mask, visible
+        )
+        finest_features = features = self.group_embedding(offsets[0] / self.radii[0])  # (batch, groups, width)
         for scale, merger in enumerate(self.mergers, start=1):
-            child_centers = group_centers
-            parents = centers[:, : self.num_centers[scale]]
-            group_centers = parents if wanted[scale] is None else gather_points(parents, wanted[scale])
-            if wanted[scale - 1] is None:
-                index = children[scale]
-            else:  # only children of wanted groups were embedded, and they lie group by group
-                index = torch.arange(features.shape[1], device=points.device).view(1, -1, self.num_neighbors[scale])
-                index = index.expand(points.shape[0], -1, -1)
-            offsets = group_points(child_centers, group_centers, index) / self.radii[scale]
-            features = merger(features, index, offsets)
+            features = merger(features, indices[scale], offsets[scale] / self.radii[scale])
+        # Coarser centres are a prefix of the finest ones.
         return self.norm(features), centers[:, : self.num_centers[-1]], finest_features, centers
-
-    def _wanted_groups(
-        self, centers: torch.Tensor, visible: torch.Tensor | None
-    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """Which groups to embed at each scale (`None` for all of them), and the child indices of these groups."""
-        num_scales = len(self.num_centers)
-        wanted: list[torch.Tensor | None] = [None] * num_scales
-        children: list[torch.Tensor | None] = [None] * num_scales
-        wanted[-1] = visible
-        for scale in range(num_scales - 1, 0, -1):
-            parents = centers[:, : self.num_centers[scale]]
-            if wanted[scale] is not None:
-                parents = gather_points(parents, wanted[scale])
-            finer = centers[:, : self.num_centers[scale - 1]]
-            children[scale] = knn(parents, finer, self.num_neighbors[scale])
-            # A child shared by several groups fills several slots; past this point embedding all is cheaper.
-            if children[scale][0].numel() < self.num_centers[scale - 1]:
-                wanted[scale - 1] = children[scale].flatten(1)
-        return wanted, children
 
 
 class JointMAEGroupEmbedding(nn.Module):
@@ -860,8 +827,7 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         self, offsets: torch.Tensor, centers: torch.Tensor, points: torch.Tensor, point_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Chamfer distance between predicted offsets and the points nearest to each masked centre."""
-        index = knn(centers, points, self.config.num_target_points, point_mask)
-        target = group_points(points.float(), centers, index)
+        _, target = group_nearest(points, centers, self.config.num_target_points, point_mask)
         distance = chamfer_distance(offsets, target)  # (batch, masked)
         if self.config.norm_point_loss:
             distance = distance / target.square().sum(-1).mean(-1).clamp_min(1e-6)

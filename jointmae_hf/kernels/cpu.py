@@ -770,7 +770,9 @@ def _add_gradient(points, others, nearest, weights, gradient, other_gradient):
 
 
 @_jit()
-def _gradient_of_pairs(first, second, to_second, to_first, weights, other_weights, gradient, other_gradient, begin, end):
+def _gradient_of_pairs(
+    first, second, to_second, to_first, weights, other_weights, gradient, other_gradient, begin, end
+):
     for n in range(begin, end):
         _add_gradient(first[n], second[n], to_second[n], weights[n], gradient[n], other_gradient[n])
         _add_gradient(second[n], first[n], to_first[n], other_weights[n], other_gradient[n], gradient[n])
