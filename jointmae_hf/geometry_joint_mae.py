@@ -245,7 +245,7 @@ def multiscale_groups(
     visible: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """
-    Groups of groups: the points sampled once, and at every scale the neighbourhoods of its centres, finest scale first.
+    Groups of groups: points are sampled once; each scale, finest first, has the neighbourhoods of its centres.
 
     The centres of a scale are the first of the finest ones. Their neighbours are points at the finest scale, and the
     centres of the scale below at the others. Where only some coarsest groups are `visible`, a scale below holds only
