@@ -106,6 +106,8 @@ class EpochBatches(Dataset):
         ValueError: if `batch_size` does not divide evenly, or exceeds the data set.
     """
 
+    batches_at_once = 1
+
     def __init__(
         self,
         clouds: PointClouds,

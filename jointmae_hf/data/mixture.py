@@ -22,7 +22,7 @@ from .procedural_recipes import VERSION
 
 PROCEDURAL = "procedural"
 BLOCK = 1000
-# Procedural shapes cost least when so many are made at once, and no less when they are more.
+# Fewer procedural shapes at a time cost more each, more do not cost less.
 _SHAPES_AT_ONCE = 64
 
 

@@ -4,6 +4,7 @@ A checkpoint is a folder `checkpoint-STEP`:
 
     config.json, model.safetensors    what `save_pretrained` writes: a model to load like any other
     optimizer.safetensors             `PARAMETER.exp_avg` and so on, by the name of the parameter
+    average.safetensors               the average of the weights, if the run keeps one
     trainer_state.json                step, arguments, losses so far, position in the stream
     log.jsonl                         the log up to this step
     manifest.json                     size and SHA-256 of each of them
@@ -29,11 +30,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from .averaging import WeightAverage
+
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 STATE = "trainer_state.json"
 LOG = "log.jsonl"
 MANIFEST = "manifest.json"
@@ -86,6 +90,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     log: Path | None = None,
+    average: WeightAverage | None = None,
 ) -> Path:
     """
     Writes `output_dir/checkpoint-STEP`, whole or not at all.
@@ -97,6 +102,7 @@ def save_checkpoint(
         optimizer: its optimizer; only its tensors are saved, its settings are arguments.
         state: everything else that continuing needs, for JSON.
         log: log of the run so far, copied along.
+        average: average of the weights.
     """
     path = output_dir / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
@@ -104,6 +110,8 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     save_model(model, partial)
     save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+    if average is not None:
+        save_file(average.tensors(), partial / AVERAGE)
     (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
     if log is not None and log.exists():
         shutil.copyfile(log, partial / LOG)
@@ -206,6 +214,19 @@ def load_weights(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             tensor = tensors[f"{name}.{key}"]
             # AdamW counts its steps on the CPU.
             optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+
+
+def load_average(path: Path, average: WeightAverage):
+    """
+    Puts the average of a checkpoint into that of a run.
+
+    Raises:
+        CheckpointError: if it cannot be read or does not fit the model.
+    """
+    try:
+        average.load(load_file(path / AVERAGE))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path / AVERAGE} cannot be loaded: {error}") from error
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -23,9 +23,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
@@ -41,13 +42,16 @@ from .. import JointMAEConfig, JointMAEForPreTraining, JointMAEPointCloudProcess
 from ..data.augmentation import STEPS, Augmentation, counter_generator
 from ..data.collation import EpochBatches, PreTrainingCollator, StreamBatches
 from ..data.loading import check_column, load_point_clouds, load_point_dataset, load_point_table
+from ..data.mixture import MixedBatches, open_sources, parse_mixture
 from .arguments import PreTrainingArguments, build_config
+from .averaging import WeightAverage
 from .checkpoints import (
     LOG,
     MODEL,
     STATE,
     latest_checkpoint,
     list_checkpoints,
+    load_average,
     load_weights,
     read_json,
     remove_old_checkpoints,
@@ -57,7 +61,9 @@ from .checkpoints import (
     save_model,
     verify_checkpoint,
 )
+from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
+from .prefetch import prefetch
 from .threads import ReplicaThreads
 
 
@@ -66,7 +72,7 @@ logger = logging.getLogger(__name__)
 RESULT = "result.json"
 _TRACKERS = "runs"
 
-# Arguments that a resumed run must share with the one it continues. The data set is compared by content, the
+# Arguments that a resumed run must share with the one it continues. The data is compared by content, the
 # configuration field by field; what is left (output, logging, workers, accumulation, ...) changes nothing or rounding.
 DECISIVE = (
     "seed",
@@ -87,9 +93,12 @@ DECISIVE = (
     "adam_beta2",
     "max_grad_norm",
     "mixed_precision",
+    "ema_decay",
 )
 # Without an epoch's length, the losses of the result are means over this many last steps.
 _FINAL_STEPS_OF_STREAM = 100
+# Batches that are on a GPU before they are needed.
+_BATCHES_AHEAD = 2
 
 
 class NonFiniteLossError(RuntimeError):
@@ -157,11 +166,11 @@ class PreTrainer:
     def __init__(self, arguments: PreTrainingArguments):
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
-        if arguments.dataset is None:
+        if arguments.dataset is None and arguments.train_data is None:
             raise ValueError("`dataset` is None, expected a name on the Hub, a folder or a parquet file.")
-        if arguments.evaluate and arguments.streaming:
-            logger.warning("A stream is not evaluated on: there will be no report.")
-        self.evaluates = arguments.evaluate and not arguments.streaming
+        self.evaluates = arguments.evaluate and arguments.dataset is not None and not arguments.streaming
+        if arguments.evaluate and not self.evaluates:
+            logger.warning("Without `dataset`, or with a stream, there is nothing to evaluate on: no report.")
         if self.evaluates:
             from ..evaluation import pretraining_report  # noqa: F401  fail before training, not after
 
@@ -175,7 +184,8 @@ class PreTrainer:
         )
         self.is_main = self.accelerator.is_main_process
         # On a GPU, a step's losses are read when the next one is under way.
-        self.lag = 0 if self.accelerator.device.type == "cpu" else 1
+        self.on_gpu = self.accelerator.device.type == "cuda"
+        self.lag = int(self.on_gpu)
         self.checkpoint = self._find_checkpoint()
         self._load_data()
         self._build_model()
@@ -244,31 +254,59 @@ class PreTrainer:
             "process_index": self.accelerator.process_index,
             "accumulation": arguments.gradient_accumulation_steps,
         }
-        source = (arguments.dataset, arguments.split, arguments.streaming, arguments.dataset_config_name)
-        with self.accelerator.main_process_first():  # one process fills the cache of `datasets`
-            dataset = load_point_dataset(*source)
-        check_column(dataset, arguments.points_column)
-        if arguments.streaming:
-            self.data = StreamBatches(
-                dataset,
-                arguments.points_column,
-                collator,
-                shuffle_buffer_size=arguments.shuffle_buffer_size,
-                **self.layout,
-            )
-            self.fingerprint = {"name": arguments.dataset, "num_processes": self.accelerator.num_processes}
-            self.steps_per_epoch = None
-            self.total_steps = arguments.max_steps
+        self.num_workers = arguments.num_workers
+        if self.num_workers is None:
+            self.num_workers = 2 if self.on_gpu and arguments.train_data is None else 0
+        self.steps_per_epoch, self.total_steps = None, arguments.max_steps
+        if arguments.train_data is not None:
+            self._load_mixture(collator)
+        elif arguments.streaming:
+            self._load_stream(collator)
         else:
-            clouds = load_point_clouds(dataset, arguments.points_column)
-            self.data = EpochBatches(clouds, collator, **self.layout)
-            self.fingerprint = clouds.fingerprint()
-            self.steps_per_epoch = self.data.steps_per_epoch
-            self.total_steps = arguments.max_steps or max(1, round(arguments.epochs * self.steps_per_epoch))
+            self._load_clouds(collator)
         self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
         self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
         if self.evaluates and self.is_main:
             self.test_table = self._load_table(arguments.eval_split)
+
+    def _load_mixture(self, collator: PreTrainingCollator):
+        arguments = self.arguments
+        weights = parse_mixture(arguments.train_data)
+        # A process of its own must not touch the GPU.
+        device = self.accelerator.device if self.num_workers == 0 else "cpu"
+        with self.accelerator.main_process_first():
+            sources = open_sources(
+                list(weights), self.config.num_points, arguments.seed, arguments.split, arguments.points_column, device
+            )
+        self.data = MixedBatches(sources, weights, collator, **self.layout)
+        self.fingerprint = self.data.fingerprint()
+
+    def _load_stream(self, collator: PreTrainingCollator):
+        arguments = self.arguments
+        self.data = StreamBatches(
+            self._open_dataset(),
+            arguments.points_column,
+            collator,
+            shuffle_buffer_size=arguments.shuffle_buffer_size,
+            **self.layout,
+        )
+        self.fingerprint = {"name": arguments.dataset, "num_processes": self.accelerator.num_processes}
+
+    def _load_clouds(self, collator: PreTrainingCollator):
+        arguments = self.arguments
+        clouds = load_point_clouds(self._open_dataset(), arguments.points_column)
+        self.data = EpochBatches(clouds, collator, **self.layout)
+        self.fingerprint = clouds.fingerprint()
+        self.steps_per_epoch = self.data.steps_per_epoch
+        self.total_steps = arguments.max_steps or max(1, round(arguments.epochs * self.steps_per_epoch))
+
+    def _open_dataset(self) -> Any:
+        arguments = self.arguments
+        source = (arguments.dataset, arguments.split, arguments.streaming, arguments.dataset_config_name)
+        with self.accelerator.main_process_first():  # one process fills the cache of `datasets`
+            dataset = load_point_dataset(*source)
+        check_column(dataset, arguments.points_column)
+        return dataset
 
     def _load_table(self, split: str):
         arguments = self.arguments
@@ -297,6 +335,8 @@ class PreTrainer:
         )
         self.threads = self._build_threads()
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
+        decay = arguments.ema_decay
+        self.average = None if decay is None else WeightAverage(self.raw_model, decay)
         self.shared_encoder = list(self.raw_model.joint_mae.layers.parameters())
         config = self.config
         self.loss_weights = {"loss_3d": config.point_loss_weight}
@@ -304,6 +344,9 @@ class PreTrainer:
             self.loss_weights["loss_2d"] = config.pixel_loss_weight
             if config.use_cross_loss:
                 self.loss_weights["loss_cross"] = config.cross_loss_weight
+        self.flops = training_flops(config)
+        peak = peak_flops(self.accelerator.device, arguments.mixed_precision)
+        self.peak = None if peak is None else peak * self.accelerator.num_processes
         # In the order in which a value that is not finite is blamed: the total comes after its terms.
         self.terms = [*self.loss_weights, "loss"]
 
@@ -321,6 +364,8 @@ class PreTrainer:
         state = read_json(checkpoint / STATE)
         self._check_same_run(checkpoint, state)
         load_weights(checkpoint, self.raw_model, self.raw_optimizer)
+        if self.average is not None:
+            load_average(checkpoint, self.average)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         position = None
@@ -359,10 +404,11 @@ class PreTrainer:
 
         names = DECISIVE + (("shuffle_buffer_size",) if self.arguments.streaming else ())
         for name in names:
-            if getattr(self.arguments, name) != state["arguments"][name]:
-                refuse(name, getattr(self.arguments, name), state["arguments"][name])
+            if getattr(self.arguments, name) != state["arguments"].get(name):
+                refuse(name, getattr(self.arguments, name), state["arguments"].get(name))
         if self.fingerprint != state["dataset"]:
-            refuse("dataset", f"{self.arguments.dataset} ({self.fingerprint})", state["dataset"])
+            name = "dataset" if self.arguments.train_data is None else "train_data"
+            refuse(name, f"{getattr(self.arguments, name)} ({self.fingerprint})", state["dataset"])
         config = config_fields(self.config)
         for name, expected in config_fields(JointMAEConfig.from_pretrained(checkpoint)).items():
             if config[name] != expected:
@@ -374,16 +420,15 @@ class PreTrainer:
         self._prepare_output_dir()
         if self.arguments.report_to != "none":
             self.accelerator.init_trackers("joint-mae-pretraining", config=self._tracked_arguments())
-        with self._stop_on_signals():
-            self._train()
+        with self._stop_on_signals(), closing(self._batches()) as batches:
+            self._train(batches)
         result = self._finish() if self.is_main else None
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return result
 
-    def _train(self):
+    def _train(self, batches: Iterator):
         arguments, progress = self.arguments, self.progress
-        batches = self._batches()
         started = time.perf_counter() - progress.seconds
         logged = (progress.step - progress.since_log.count, progress.seconds)
         bar = tqdm(total=self.total_steps, initial=progress.step, disable=not self.is_main, unit="step")
@@ -416,25 +461,20 @@ class PreTrainer:
         bar.close()
 
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any] | None]]:
-        """The batches of this process from the current step on."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        workers = self.arguments.num_workers
-        workers = (2 if on_gpu else 0) if workers is None else workers
-        sampler = None
+        """The batches of this process from the current step on, on its device."""
+        options: dict[str, Any] = {"pin_memory": self.on_gpu, "worker_init_fn": _leave_process_group}
         if self.arguments.streaming:
-            workers = min(workers, 1)  # several would read the stream in another order
+            workers = min(self.num_workers, 1)  # several would read the stream in another order
+            batches = iter(DataLoader(self.data, batch_size=None, num_workers=workers, **options))
         else:
             accumulation = self.layout["accumulation"]
-            sampler = range(self.progress.step * accumulation, self.total_steps * accumulation)
-        loader = DataLoader(
-            self.data,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=on_gpu,
-            worker_init_fn=_leave_process_group,
-        )
-        return iter(loader)
+            numbers = range(self.progress.step * accumulation, self.total_steps * accumulation)
+            sampler = BatchSampler(numbers, self.data.batches_at_once, drop_last=False)
+            loader = DataLoader(
+                self.data, batch_sampler=sampler, collate_fn=list, num_workers=self.num_workers, **options
+            )
+            batches = chain.from_iterable(loader)
+        return prefetch(batches, self.accelerator.device, _BATCHES_AHEAD if self.on_gpu else 0)
 
     def _training_step(self, step: int, batches: Iterator, measures: bool) -> tuple[torch.Tensor, dict[str, float]]:
         """
@@ -452,7 +492,6 @@ class PreTrainer:
         total, grad_norms = torch.zeros(len(self.terms), device=device), {}
         for part in range(accumulation):
             batch, self.progress.position = next(batches)
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(self.model):
                 if self.threads is not None and not measures:
                     total += self.threads.backward(batch, self.terms, 1 / accumulation) / accumulation
@@ -467,6 +506,8 @@ class PreTrainer:
         grad_norm = accelerator.clip_grad_norm_(self.raw_model.parameters(), arguments.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(step)
         stop = torch.tensor(float(self.received_signal is not None), device=device)
         values = torch.cat([total, torch.stack([grad_norm.detach().float().to(device), stop])])
         return accelerator.reduce(values, reduction="mean"), grad_norms
@@ -491,7 +532,11 @@ class PreTrainer:
         shown = {name: f"{value:.4f}" for name, value in self.losses.items()}
         shown["lr"] = f"{self._learning_rate(self.progress.step):.1e}"
         if bar.format_dict["rate"]:
-            shown["samples/s"] = f"{bar.format_dict['rate'] * self.arguments.batch_size:.0f}"
+            rate = bar.format_dict["rate"] * self.arguments.batch_size
+            shown["samples/s"] = f"{rate:.0f}"
+            shown["TFLOP/s"] = f"{rate * self.flops / 1e12:.3g}"
+            if self.peak is not None:
+                shown["of peak"] = f"{rate * self.flops / self.peak:.1%}"
         return shown
 
     def _check_finite(self, step: int, losses: dict[str, float], grad_norm: float):
@@ -543,7 +588,9 @@ class PreTrainer:
                 "versions": versions(),
             }
             log = self.output_dir / LOG
-            save_checkpoint(self.output_dir, progress.step, self.raw_model, self.raw_optimizer, state, log)
+            save_checkpoint(
+                self.output_dir, progress.step, self.raw_model, self.raw_optimizer, state, log, self.average
+            )
             remove_old_checkpoints(self.output_dir, self.arguments.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -584,7 +631,11 @@ class PreTrainer:
         arguments, progress = self.arguments, self.progress
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         model.eval()
+        if self.average is not None:
+            self.average.copy_to_model()
         self._save_model(model)
+        samples_per_second = progress.step * arguments.batch_size / progress.seconds
+        flops_per_second = samples_per_second * self.flops
         result = {
             "command": shlex.join(sys.argv),
             "seed": arguments.seed,
@@ -597,7 +648,11 @@ class PreTrainer:
             "num_processes": self.accelerator.num_processes,
             "steps": progress.step,
             "seconds": round(progress.seconds, 2),
-            "samples_per_second": round(progress.step * arguments.batch_size / progress.seconds, 2),
+            "samples_per_second": round(samples_per_second, 2),
+            "flops_per_sample": round(self.flops),
+            "flops_per_second": round(flops_per_second),
+            "share_of_peak": None if self.peak is None else round(flops_per_second / self.peak, 4),
+            "weights": "of the last step" if self.average is None else "averaged over the steps",
             "final_losses": progress.last_epoch.mean(),
             "report": self._report(model) if self.evaluates else None,
         }
