@@ -22,7 +22,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -246,7 +248,23 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processe
     assert_same_run(stopped.output_dir, straight.output_dir)
 
 
-def train_on_two(processes, arguments: PreTrainingArguments, **environment: str) -> dict:
+def train_sharded_in_child(arguments: PreTrainingArguments, environment: dict[str, str]):
+    """Accelerate shards on accelerators only; here it is told to do the same on the CPU."""
+    build = Accelerator.__init__
+
+    def build_sharded(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        for state in (self.state, PartialState()):  # the one is made anew from the other at times
+            state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+
+    Accelerator.__init__ = build_sharded
+    train_in_child(arguments, environment)
+
+
+def train_on_two(processes, arguments: PreTrainingArguments, train=train_in_child) -> dict:
     """Trains on two processes of this machine, which talk by gloo; returns the result."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -257,12 +275,11 @@ def train_on_two(processes, arguments: PreTrainingArguments, **environment: str)
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        **environment,
     }
     pair = []
     for rank in range(2):
         settings = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        pair.append(processes.Process(target=train_in_child, args=(arguments, settings), daemon=True))
+        pair.append(processes.Process(target=train, args=(arguments, settings), daemon=True))
         pair[-1].start()
     assert [ended(process) for process in pair] == [0, 0]
     result = json.loads((Path(arguments.output_dir) / "result.json").read_text())
@@ -287,6 +304,25 @@ def test_two_processes_train_as_one(make, processes, dataset, source):
     pretrain(one)
     train_on_two(processes, two)
     assert_close_run(two.output_dir, one.output_dir)
+
+
+def test_two_processes_that_each_hold_half_of_the_weights_train_as_one(make, processes):
+    common = {"train_data": "procedural", "ema_decay": 0.9, "max_grad_norm": 0.1, "max_steps": 5, "grad_norm_steps": 0}
+    one, two = make("one", **common), make("two", **common)
+    pretrain(one)
+    train_on_two(processes, two, train_sharded_in_child)
+    assert_close_run(two.output_dir, one.output_dir)
+    config = json.loads((Path(two.output_dir) / "config.json").read_text())
+    assert config["architectures"] == ["JointMAEForPreTraining"]
+    resumed = Path(make("resumed").output_dir)
+    shutil.copytree(two.output_dir, resumed)
+    again = make("resumed", **common, resume_from_checkpoint=str(resumed / "checkpoint-3"))
+    train_on_two(processes, again, train_sharded_in_child)
+    assert_same_run(resumed, two.output_dir)
+    # Checkpoints are in one piece: one process goes on where two were.
+    shutil.rmtree(resumed / "checkpoint-5")
+    pretrain(make("resumed", **common, resume_from_checkpoint="latest"))
+    assert_close_run(resumed, one.output_dir)
 
 
 def test_two_processes_resume_a_shuffled_stream_at_the_exact_sample(make, processes):
@@ -548,7 +584,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(tmp_path, name, damage):
     model = torch.nn.Linear(2, 2)
-    model.save_pretrained = lambda folder: (folder / "model.safetensors").write_bytes(bytes(100))
+    model.save_pretrained = lambda folder, state_dict: (folder / "model.safetensors").write_bytes(bytes(100))
     optimizer = torch.optim.AdamW(model.parameters())
     path = checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, {"step": 1})
     checkpoints.verify_checkpoint(path)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .sharding import local_part, spread_like
+
 
 class WeightAverage:
     """
@@ -19,19 +21,22 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [parameter.detach() for parameter in model.parameters()]  # the same memory
-        self.averages = [parameter.float().clone() for parameter in self.parameters]
+        parameters = [parameter.detach() for parameter in model.parameters()]
+        self.averages = [parameter.float().clone() for parameter in parameters]
+        # The parts of this process, in the same memory: a step needs no others.
+        self.local_parameters = [local_part(parameter) for parameter in parameters]
+        self.local_averages = [local_part(average) for average in self.averages]
 
     @torch.no_grad()
     def update(self, step: int):
         """Takes account of the weights after optimizer step `step`, counted from 1."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, [parameter.float() for parameter in self.parameters], share)
+        torch._foreach_lerp_(self.local_averages, [parameter.float() for parameter in self.local_parameters], share)
 
     @torch.no_grad()
     def copy_to_model(self):
         """Puts the average in place of the weights."""
-        torch._foreach_copy_(self.parameters, self.averages)
+        torch._foreach_copy_(self.local_parameters, self.local_averages)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The average by the names of the parameters."""
@@ -47,4 +52,4 @@ class WeightAverage:
             RuntimeError: if one has another shape.
         """
         for name, average in self.tensors().items():
-            average.copy_(tensors[name])
+            average.copy_(spread_like(tensors[name], average))

@@ -60,10 +60,12 @@ from .checkpoints import (
     save_checkpoint,
     save_model,
     verify_checkpoint,
+    whole_weights,
 )
 from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
 from .prefetch import prefetch
+from .sharding import is_spread, whole
 from .threads import ReplicaThreads
 
 
@@ -207,6 +209,10 @@ class PreTrainer:
             log_with=trackers or None,
             project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / _TRACKERS)),
         )
+        sharding = getattr(accelerator.state, "fsdp_plugin", None)
+        if sharding is not None and sharding.transformer_cls_names_to_wrap is None:
+            # Accelerate shards the input embedding by itself, so the module that holds it must not be a unit.
+            sharding.transformer_cls_names_to_wrap = ["JointMAELayer"]
         if accelerator.device.type == "cpu":
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
             torch.set_num_threads(arguments.num_threads or max(1, available_cores() // local_processes))
@@ -338,6 +344,9 @@ class PreTrainer:
         decay = arguments.ema_decay
         self.average = None if decay is None else WeightAverage(self.raw_model, decay)
         self.shared_encoder = list(self.raw_model.joint_mae.layers.parameters())
+        # FSDP gathers gradients in a backward pass of its own, so single losses cannot be told apart there.
+        self.is_sharded = any(is_spread(parameter) for parameter in self.raw_model.parameters())
+        self.grad_norm_steps = 0 if self.is_sharded else arguments.grad_norm_steps
         config = self.config
         self.loss_weights = {"loss_3d": config.point_loss_weight}
         if config.use_image_branch:
@@ -422,7 +431,8 @@ class PreTrainer:
             self.accelerator.init_trackers("joint-mae-pretraining", config=self._tracked_arguments())
         with self._stop_on_signals(), closing(self._batches()) as batches:
             self._train(batches)
-        result = self._finish() if self.is_main else None
+        model = self._final_model()
+        result = self._finish(model) if self.is_main else None
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return result
@@ -437,7 +447,7 @@ class PreTrainer:
             is_last = step == self.total_steps
             logs = step % arguments.logging_steps == 0 or is_last
             saves = is_last or (arguments.save_steps > 0 and step % arguments.save_steps == 0)
-            measures = arguments.grad_norm_steps > 0 and (step == 1 or step % arguments.grad_norm_steps == 0)
+            measures = self.grad_norm_steps > 0 and (step == 1 or step % self.grad_norm_steps == 0)
 
             values, grad_norms = self._training_step(step, batches, measures)
             self.unread.append((step, values))
@@ -509,7 +519,7 @@ class PreTrainer:
         if self.average is not None:
             self.average.update(step)
         stop = torch.tensor(float(self.received_signal is not None), device=device)
-        values = torch.cat([total, torch.stack([grad_norm.detach().float().to(device), stop])])
+        values = torch.cat([total, torch.stack([whole(grad_norm).float().to(device), stop])])
         return accelerator.reduce(values, reduction="mean"), grad_norms
 
     def _read_losses(self, everything: bool) -> bool:
@@ -574,23 +584,29 @@ class PreTrainer:
     def _save(self):
         progress = self.progress
         positions = gather_object([progress.position]) if self.arguments.streaming else None
+        scaler = self.accelerator.scaler
+        state = {
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "arguments": asdict(self.arguments),
+            "dataset": self.fingerprint,
+            "since_log": asdict(progress.since_log),
+            "last_epoch": asdict(progress.last_epoch),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "positions": positions,
+            "versions": versions(),
+        }
+        save_checkpoint(
+            self.output_dir,
+            progress.step,
+            self.raw_model,
+            self.raw_optimizer,
+            state,
+            log=self.output_dir / LOG,
+            average=self.average,
+            writes=self.is_main,
+        )
         if self.is_main:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": progress.step,
-                "seconds": progress.seconds,
-                "arguments": asdict(self.arguments),
-                "dataset": self.fingerprint,
-                "since_log": asdict(progress.since_log),
-                "last_epoch": asdict(progress.last_epoch),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "positions": positions,
-                "versions": versions(),
-            }
-            log = self.output_dir / LOG
-            save_checkpoint(
-                self.output_dir, progress.step, self.raw_model, self.raw_optimizer, state, log, self.average
-            )
             remove_old_checkpoints(self.output_dir, self.arguments.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -626,13 +642,20 @@ class PreTrainer:
 
     # ---- The end
 
-    def _finish(self) -> dict[str, Any]:
-        """Saves the model, evaluates it, and writes the result."""
-        arguments, progress = self.arguments, self.progress
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        model.eval()
+    def _final_model(self) -> JointMAEForPreTraining:
+        """The model in one piece, for evaluation; all processes take part."""
         if self.average is not None:
             self.average.copy_to_model()
+        if not self.is_sharded:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+            return model.eval()
+        model = build_untrained_model(self.config, self.arguments.seed)
+        model.load_state_dict(whole_weights(self.raw_model))
+        return model.to(self.accelerator.device).eval()
+
+    def _finish(self, model: JointMAEForPreTraining) -> dict[str, Any]:
+        """Saves the model, evaluates it, and writes the result."""
+        arguments, progress = self.arguments, self.progress
         self._save_model(model)
         samples_per_second = progress.step * arguments.batch_size / progress.seconds
         flops_per_second = samples_per_second * self.flops
@@ -667,7 +690,7 @@ class PreTrainer:
         processor = JointMAEPointCloudProcessor.from_config(config)
         staging = self.output_dir / "model.partial"
         shutil.rmtree(staging, ignore_errors=True)
-        save_model(model, staging)
+        save_model(model, staging, whole_weights(model))
         processor.save_pretrained(staging)
         for file in sorted(staging.iterdir()):
             file.replace(self.output_dir / file.name)
