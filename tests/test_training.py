@@ -40,6 +40,7 @@ from jointmae_hf.training.flops import PEAKS, peak_flops, training_flops
 from jointmae_hf.training.optimization import build_optimizer, learning_rate_at, loss_gradient_norms, parameter_groups
 from jointmae_hf.training.prefetch import prefetch
 from jointmae_hf.training.pretraining import PreTrainer, available_cores, build_untrained_model
+from jointmae_hf.training.summary import summarize
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
@@ -767,6 +768,18 @@ def test_a_peak_is_given_where_a_data_sheet_tells_it(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), "bf16") == peak
         assert peak_flops(torch.device("cuda"), "no") is None
+
+
+def test_a_summary_holds_the_speed_and_what_the_report_compares():
+    svm = {"classes": 37, "pretrained": {"accuracy": 61.25}, "untrained": {"accuracy": 53.5}}
+    losses = {"held_out": {"loss_3d": 0.005}, "encoder_output_averaged": {"loss_3d": 0.01}}
+    result = {"steps": 100, "arguments": {"batch_size": 512}, "seconds": 60.0, "num_processes": 2, "device": "H100"}
+    result |= {"samples_per_second": 853.3, "flops_per_second": 11.25e12, "share_of_peak": 0.0057, "report": None}
+    speed = "51,200 samples in 1.0 minutes on 2 x H100: 853 samples/s, 11.2 TFLOP/s, 0.6% of the peak."
+    assert summarize(result) == speed
+    text = summarize({**result, "share_of_peak": None, "report": {"linear_svm": svm, "reconstruction": losses}})
+    assert "of the peak" not in text and "2D loss" not in text
+    assert "| 3D loss, 1e-3 | 5.00 | 10.00 |" in text and "| linear SVM, 37 classes, % | 61.25 | 53.50 |" in text
 
 
 def test_only_matrices_are_decayed(make):

@@ -66,6 +66,7 @@ from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
 from .prefetch import prefetch
 from .sharding import is_spread, whole
+from .summary import summarize
 from .threads import ReplicaThreads
 
 
@@ -680,7 +681,7 @@ class PreTrainer:
             "report": self._report(model) if self.evaluates else None,
         }
         replace_file(self.output_dir / RESULT, dumps(result, indent=2) + "\n")
-        logger.info("The model and %s are in %s.", RESULT, self.output_dir)
+        logger.info("The model and %s are in %s.\n\n%s\n", RESULT, self.output_dir, summarize(result))
         if arguments.push_to_hub:
             self._push_to_hub()
         return result
