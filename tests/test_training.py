@@ -437,6 +437,24 @@ def test_averaging_changes_the_final_weights_and_nothing_else(make):
     assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
 
 
+def test_a_compiled_run_in_bfloat16_trains_and_saves_as_any_other(make, monkeypatch):
+    build = Accelerator.__init__
+
+    def build_traced(self, *args, dynamo_backend, **kwargs):
+        assert dynamo_backend == "inductor"  # which takes minutes to do more than this
+        build(self, *args, dynamo_backend="eager", **kwargs)
+
+    common = {"mixed_precision": "bf16", "max_steps": 4, "grad_norm_steps": 0, "ema_decay": 0.9}
+    pretrain(make("plain", **common))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(Accelerator, "__init__", build_traced)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pretrain(make("compiled", **common, compile=True))
+    for found, wanted in zip(log(make("compiled").output_dir), log(make("plain").output_dir), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
+    assert weights(make("compiled").output_dir).keys() == weights(make("plain").output_dir).keys()
+
+
 def test_another_seed_is_another_run(make):
     pretrain(make("zero", max_steps=2))
     pretrain(make("one", max_steps=2, seed=1))

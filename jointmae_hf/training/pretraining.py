@@ -8,7 +8,8 @@ Notable choices:
   the losses by rounding only (and by which samples stochastic depth drops, where there is any).
 - Losses are averaged over processes at each step in one tensor, which carries the wish to stop too: all processes see
   a loss that is not finite, or a signal, at the same step. On a GPU that tensor is read one step late, so that nothing
-  waits for it.
+  waits for it, and the next batches are made and moved by a thread meanwhile.
+- All batches of a process have one size, so a compiled step is compiled once.
 """
 
 import logging
@@ -188,7 +189,7 @@ class PreTrainer:
         self.is_main = self.accelerator.is_main_process
         # On a GPU, a step's losses are read when the next one is under way.
         self.on_gpu = self.accelerator.device.type == "cuda"
-        self.lag = int(self.on_gpu)
+        self.lag = 0 if self.accelerator.device.type == "cpu" else 1
         self.checkpoint = self._find_checkpoint()
         self._load_data()
         self._build_model()
