@@ -258,7 +258,7 @@ def train_sharded_in_child(arguments: PreTrainingArguments, environment: dict[st
         for state in (self.state, PartialState()):  # the one is made anew from the other at times
             state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
         )
 
     Accelerator.__init__ = build_sharded
