@@ -1,6 +1,7 @@
 """Mixtures of sources: shares, order, processes, resuming, and the text that describes them."""
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from jointmae_hf.data.mixture import (
     ProceduralClouds,
     ShuffledClouds,
     block_shares,
+    finish_batch,
     open_sources,
     parse_mixture,
 )
@@ -26,10 +28,10 @@ from jointmae_hf.data.procedural import procedural_clouds
 NUM_POINTS = 64
 
 
-def collator(seed=3) -> PreTrainingCollator:
+def collator(seed=3, augmentation=None) -> PreTrainingCollator:
     config = JointMAEConfig.from_preset("tiny")
     config.num_points = NUM_POINTS
-    return PreTrainingCollator(config, Augmentation((1.0, 1.0), 0.0), seed)
+    return PreTrainingCollator(config, augmentation or Augmentation((1.0, 1.0), 0.0), seed)
 
 
 def table(size, num_points=NUM_POINTS, seed=0) -> PointClouds:
@@ -114,6 +116,21 @@ def test_batches_made_in_one_go_are_those_made_one_by_one():
     numbers = [3, 4, 5, 200]
     for number, (batch, _) in zip(numbers, batches.__getitems__(numbers), strict=True):
         assert all(torch.equal(batch[name], tensor) for name, tensor in batches[number][0].items())
+
+
+@pytest.mark.parametrize("weights", [{"procedural": 0.7, "table": 0.3}, {"procedural": 1}, {"table": 1}])
+def test_shapes_that_are_made_later_give_the_same_batches(weights):
+    sources = {"procedural": ProceduralClouds(NUM_POINTS, 3), "table": ShuffledClouds(table(30, 50), 3, 1)}
+    sources = {name: sources[name] for name in weights}
+    augmented = collator(augmentation=Augmentation((0.5, 1.5), 0.3, "so3"))
+    now, later = (MixedBatches(sources, weights, augmented, batch_size=8, deferred=d) for d in (False, True))
+    loader = DataLoader(later, batch_sampler=[[0, 1], [2]], collate_fn=list, num_workers=1)
+    for number, (batch, _) in enumerate(chain.from_iterable(loader)):
+        batch = finish_batch(batch, torch.device("cpu"))
+        wanted = now[number][0]
+        assert batch.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(batch[name], wanted[name], atol=1e-5, rtol=0)
 
 
 def test_a_data_loader_with_workers_gives_the_same_batches():

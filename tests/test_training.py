@@ -424,6 +424,17 @@ def test_a_mixture_with_averaged_weights_is_resumed_exactly(make, dataset):
         pretrain(make("resumed", **{**common, "train_data": "procedural"}, resume_from_checkpoint="latest"))
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_batches_made_as_for_a_gpu_train_as_any_other(make, dataset):
+    common = {"train_data": f"procedural:0.7,{dataset}:0.3", "max_steps": 5}
+    pretrain(make("plain", **common))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = PreTrainer(make("ahead", **common, num_workers=1))
+    trainer.on_gpu = trainer.data.deferred = True
+    trainer.run()
+    assert_close_run(make("ahead").output_dir, make("plain").output_dir)
+
+
 def test_procedural_shapes_alone_need_no_data_set(make):
     result = pretrain(make("run", dataset=None, train_data="procedural", max_steps=2, evaluate=True))
     assert result["report"] is None and result["dataset"] == [{"share": 1.0, "version": 1, "seed": 0}]

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from .augmentation import ORDER, counter_generator
 from .collation import PreTrainingCollator, split_batch
 from .loading import PointClouds, check_column, load_point_clouds, load_point_dataset
-from .procedural import procedural_clouds
-from .procedural_recipes import VERSION
+from .procedural import finish_clouds, procedural_clouds, surface_points
+from .procedural_recipes import RECIPE, VERSION, draw_recipes
 
 
 PROCEDURAL = "procedural"
@@ -72,16 +72,14 @@ class ProceduralClouds:
     Args:
         num_points: points of each cloud.
         seed: which sequence of shapes.
-        device: where to make them.
     """
 
-    def __init__(self, num_points: int, seed: int, device: str | torch.device = "cpu"):
+    def __init__(self, num_points: int, seed: int):
         self.num_points = num_points
         self.seed = seed
-        self.device = device
 
     def take(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        return list(procedural_clouds(numbers, self.num_points, self.seed, self.device).cpu().numpy())
+        return list(procedural_clouds(numbers, self.num_points, self.seed).numpy())
 
     def fingerprint(self) -> dict[str, int]:
         return {"version": VERSION, "seed": self.seed}
@@ -99,6 +97,8 @@ class MixedBatches(Dataset):
         collator: makes the batches.
         batch_size, num_processes, process_index, accumulation: as for
             [`EpochBatches`][jointmae_hf.data.collation.EpochBatches].
+        deferred: whether procedural shapes stay recipes, for [`finish_batch`] to make them on a GPU, which the
+            processes that prepare batches must not touch.
 
     Raises:
         ValueError: if `batch_size` does not divide evenly, or a source has less than one of `BLOCK` samples.
@@ -113,8 +113,10 @@ class MixedBatches(Dataset):
         num_processes: int = 1,
         process_index: int = 0,
         accumulation: int = 1,
+        deferred: bool = False,
     ):
         self.part_size = split_batch(batch_size, num_processes, accumulation)
+        self.deferred = deferred
         self.sources = list(sources.values())
         self.shares = block_shares({name: weights[name] for name in sources})
         self.collator = collator
@@ -155,18 +157,46 @@ class MixedBatches(Dataset):
         samples = np.concatenate([self.samples(number) for number in numbers])
         source, place = self.locate(samples)
         clouds: list[Any] = [None] * len(samples)
+        recipes = np.empty(len(samples), dtype=RECIPE)
         for which in np.unique(source):
             rows = np.flatnonzero(source == which)
+            if self.deferred and isinstance(self.sources[which], ProceduralClouds):
+                recipes[rows] = draw_recipes(place[rows], self.sources[which].seed)
+                continue
             for row, cloud in zip(rows, self.sources[which].take(place[rows]), strict=True):
                 clouds[row] = cloud
-        keys, size = [(0, int(sample)) for sample in samples], self.part_size
-        starts = range(0, len(samples), size)
-        return [(self.collator(clouds[i : i + size], keys[i : i + size]), None) for i in starts]
+        keys = [(0, int(sample)) for sample in samples]
+        parts = [slice(i, i + self.part_size) for i in range(0, len(samples), self.part_size)]
+        make = self._deferred_batch if self.deferred else lambda clouds, keys, _: self.collator(clouds, keys)
+        return [(make(clouds[part], keys[part], recipes[part]), None) for part in parts]
+
+    def _deferred_batch(
+        self, clouds: list[Any], keys: list[tuple[int, int]], recipes: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        points, matrix, shift, batch = self.collator.draw(clouds, keys)
+        missing = np.array([cloud is None for cloud in clouds])
+        batch |= {"clouds": torch.from_numpy(points), "is_recipe": torch.from_numpy(missing)}
+        batch |= {"matrix": torch.from_numpy(matrix).float(), "shift": torch.from_numpy(shift).float()}
+        batch["recipes"] = torch.from_numpy(recipes[missing].view(np.uint8))
+        return batch
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Tells mixtures apart by content."""
         sources = zip(self.sources, self.shares, strict=True)
         return [{"share": share / BLOCK, **source.fingerprint()} for source, share in sources]
+
+
+def finish_batch(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Makes the procedural shapes of a deferred batch on a device, and the inputs of the model from them."""
+    recipes = batch["recipes"].numpy().view(RECIPE)
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "recipes"}
+    clouds, is_recipe, matrix, shift = (batch.pop(name) for name in ("clouds", "is_recipe", "matrix", "shift"))
+    points = clouds.new_empty(len(is_recipe), *clouds.shape[1:])
+    points[~is_recipe] = clouds
+    points[is_recipe] = finish_clouds(recipes, surface_points(recipes, points.shape[1], device))
+    # Not as a matrix product, which might be rounded to less than float32.
+    batch["point_values"] = (points[:, :, None] * matrix[:, None]).sum(3).add_(shift[:, None])
+    return batch
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -218,7 +248,6 @@ def open_sources(
     seed: int,
     split: str = "train",
     points_column: str = "points",
-    device: str | torch.device = "cpu",
 ) -> dict[str, CloudSource]:
     """
     The sources of a mixture.
@@ -228,7 +257,6 @@ def open_sources(
         num_points: points of procedural clouds.
         seed: seed of the run.
         split, points_column: of the data sets.
-        device: where procedural clouds are made.
 
     Raises:
         ValueError: as [`load_point_clouds`][jointmae_hf.data.loading.load_point_clouds].
@@ -236,7 +264,7 @@ def open_sources(
     sources: dict[str, CloudSource] = {}
     for key, name in enumerate(names, start=1):
         if name == PROCEDURAL:
-            sources[name] = ProceduralClouds(num_points, seed, device)
+            sources[name] = ProceduralClouds(num_points, seed)
         else:
             dataset = load_point_dataset(name, split)
             check_column(dataset, points_column)

@@ -38,9 +38,7 @@ class PreTrainingArguments:
         1000, "Rows of a stream that are read and shuffled at a time; 0 keeps the order of the stream."
     )
     num_workers: int | None = _argument(
-        None,
-        "Processes that prepare batches ahead; a stream uses one at most (default: 2 with a GPU, else 0; 0 with "
-        "--train_data, whose procedural shapes are then made on the GPU).",
+        None, "Processes that prepare batches ahead; a stream uses one at most (default: 2 with a GPU, else 0)."
     )
     num_threads: int | None = _argument(
         None, "Threads of each process on a CPU (default: all cores shared out; `accelerate launch` would give one)."

@@ -43,7 +43,7 @@ from .. import JointMAEConfig, JointMAEForPreTraining, JointMAEPointCloudProcess
 from ..data.augmentation import STEPS, Augmentation, counter_generator
 from ..data.collation import EpochBatches, PreTrainingCollator, StreamBatches
 from ..data.loading import check_column, load_point_clouds, load_point_dataset, load_point_table
-from ..data.mixture import MixedBatches, open_sources, parse_mixture
+from ..data.mixture import MixedBatches, finish_batch, open_sources, parse_mixture
 from .arguments import PreTrainingArguments, build_config
 from .averaging import WeightAverage
 from .checkpoints import (
@@ -264,7 +264,7 @@ class PreTrainer:
         }
         self.num_workers = arguments.num_workers
         if self.num_workers is None:
-            self.num_workers = 2 if self.on_gpu and arguments.train_data is None else 0
+            self.num_workers = 2 if self.on_gpu else 0
         self.steps_per_epoch, self.total_steps = None, arguments.max_steps
         if arguments.train_data is not None:
             self._load_mixture(collator)
@@ -280,13 +280,11 @@ class PreTrainer:
     def _load_mixture(self, collator: PreTrainingCollator):
         arguments = self.arguments
         weights = parse_mixture(arguments.train_data)
-        # A process of its own must not touch the GPU.
-        device = self.accelerator.device if self.num_workers == 0 else "cpu"
         with self.accelerator.main_process_first():
             sources = open_sources(
-                list(weights), self.config.num_points, arguments.seed, arguments.split, arguments.points_column, device
+                list(weights), self.config.num_points, arguments.seed, arguments.split, arguments.points_column
             )
-        self.data = MixedBatches(sources, weights, collator, **self.layout)
+        self.data = MixedBatches(sources, weights, collator, deferred=self.on_gpu, **self.layout)
         self.fingerprint = self.data.fingerprint()
 
     def _load_stream(self, collator: PreTrainingCollator):
@@ -486,6 +484,9 @@ class PreTrainer:
                 self.data, batch_sampler=sampler, collate_fn=list, num_workers=self.num_workers, **options
             )
             batches = chain.from_iterable(loader)
+            if self.arguments.train_data is not None and self.data.deferred:
+                device = self.accelerator.device
+                batches = ((finish_batch(batch, device), position) for batch, position in batches)
         return prefetch(batches, self.accelerator.device, _BATCHES_AHEAD if self.on_gpu else 0)
 
     def _training_step(self, step: int, batches: Iterator, measures: bool) -> tuple[torch.Tensor, dict[str, float]]:
