@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -32,8 +35,12 @@ from jointmae_hf.data.collation import EpochBatches, PreTrainingCollator
 from jointmae_hf.data.loading import load_point_clouds, load_point_dataset
 from jointmae_hf.training import CheckpointError, NonFiniteLossError, PreTrainingArguments, checkpoints, pretrain
 from jointmae_hf.training.arguments import build_config, parse_config_overrides
+from jointmae_hf.training.averaging import WeightAverage
+from jointmae_hf.training.flops import PEAKS, peak_flops, training_flops
 from jointmae_hf.training.optimization import build_optimizer, learning_rate_at, loss_gradient_norms, parameter_groups
+from jointmae_hf.training.prefetch import prefetch
 from jointmae_hf.training.pretraining import PreTrainer, available_cores, build_untrained_model
+from jointmae_hf.training.summary import summarize
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
@@ -242,12 +249,24 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processe
     assert_same_run(stopped.output_dir, straight.output_dir)
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_two_processes_train_as_one(make, processes, streaming):
-    # A pass of 40 rows is five batches: beyond one pass of the stream too.
-    common = {"streaming": streaming, "shuffle_buffer_size": 0, "max_grad_norm": 0.1, "max_steps": 7}
-    one = make("one", **common)
-    pretrain(one)
+def train_sharded_in_child(arguments: PreTrainingArguments, environment: dict[str, str]):
+    """Accelerate shards on accelerators only; here it is told to do the same on the CPU."""
+    build = Accelerator.__init__
+
+    def build_sharded(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        for state in (self.state, PartialState()):  # the one is made anew from the other at times
+            state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+
+    Accelerator.__init__ = build_sharded
+    train_in_child(arguments, environment)
+
+
+def train_on_two(processes, arguments: PreTrainingArguments, train=train_in_child) -> dict:
+    """Trains on two processes of this machine, which talk by gloo; returns the result."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -261,13 +280,60 @@ def test_two_processes_train_as_one(make, processes, streaming):
     pair = []
     for rank in range(2):
         settings = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        two = make("two", **common, gradient_accumulation_steps=2)
-        pair.append(processes.Process(target=train_in_child, args=(two, settings), daemon=True))
+        pair.append(processes.Process(target=train, args=(arguments, settings), daemon=True))
         pair[-1].start()
     assert [ended(process) for process in pair] == [0, 0]
-    result = json.loads((Path(two.output_dir) / "result.json").read_text())
+    result = json.loads((Path(arguments.output_dir) / "result.json").read_text())
     assert result["num_processes"] == 2
+    return result
+
+
+SOURCES = {
+    "table": {},
+    "stream": {"streaming": True, "shuffle_buffer_size": 0},
+    "mixture": {"train_data": "procedural:0.7,DATASET:0.3", "ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_two_processes_train_as_one(make, processes, dataset, source):
+    # A pass of 40 rows is five batches: beyond one pass of the stream too.
+    common = {"max_grad_norm": 0.1, "max_steps": 7, **SOURCES[source]}
+    if "train_data" in common:
+        common["train_data"] = common["train_data"].replace("DATASET", dataset)
+    one, two = make("one", **common), make("two", **common, gradient_accumulation_steps=2)
+    pretrain(one)
+    train_on_two(processes, two)
     assert_close_run(two.output_dir, one.output_dir)
+
+
+def test_two_processes_that_each_hold_half_of_the_weights_train_as_one(make, processes):
+    common = {"train_data": "procedural", "ema_decay": 0.9, "max_grad_norm": 0.1, "max_steps": 5, "grad_norm_steps": 0}
+    one, two = make("one", **common), make("two", **common)
+    pretrain(one)
+    train_on_two(processes, two, train_sharded_in_child)
+    assert_close_run(two.output_dir, one.output_dir)
+    config = json.loads((Path(two.output_dir) / "config.json").read_text())
+    assert config["architectures"] == ["JointMAEForPreTraining"]
+    resumed = Path(make("resumed").output_dir)
+    shutil.copytree(two.output_dir, resumed)
+    again = make("resumed", **common, resume_from_checkpoint=str(resumed / "checkpoint-3"))
+    train_on_two(processes, again, train_sharded_in_child)
+    assert_same_run(resumed, two.output_dir)
+    # Checkpoints are in one piece: one process goes on where two were.
+    shutil.rmtree(resumed / "checkpoint-5")
+    pretrain(make("resumed", **common, resume_from_checkpoint="latest"))
+    assert_close_run(resumed, one.output_dir)
+
+
+def test_two_processes_resume_a_shuffled_stream_at_the_exact_sample(make, processes):
+    common = {"config_overrides": RANDOM_CONFIG, "streaming": True, "shuffle_buffer_size": 6, "max_steps": 8}
+    straight, resumed = make("straight", **common, save_total_limit=None), Path(make("resumed").output_dir)
+    train_on_two(processes, straight)
+    shutil.copytree(straight.output_dir, resumed)
+    (resumed / "result.json").unlink()
+    train_on_two(processes, make("resumed", **common, resume_from_checkpoint=str(resumed / "checkpoint-3")))
+    assert_same_run(resumed, straight.output_dir)
 
 
 # ---- Exactness in one process
@@ -337,6 +403,69 @@ def test_measuring_gradients_does_not_disturb_training(make):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_a_mixture_with_averaged_weights_is_resumed_exactly(make, dataset):
+    common = {"config_overrides": RANDOM_CONFIG, "train_data": f"procedural:0.7,{dataset}:0.3", "ema_decay": 0.8}
+    straight = make("straight", **common, save_total_limit=None)
+    result = pretrain(straight)
+    assert result["dataset"][0]["share"] == 0.7 and result["dataset"][1]["clouds"] == 40
+    assert result["weights"] == "averaged over the steps"
+    resumed = Path(make("resumed").output_dir)
+    shutil.copytree(straight.output_dir, resumed)
+    pretrain(make("resumed", **common, num_workers=2, resume_from_checkpoint=str(resumed / "checkpoint-3")))
+    assert_same_run(resumed, straight.output_dir)
+    last = load_file(Path(straight.output_dir) / "checkpoint-10" / "average.safetensors")
+    final = weights(straight.output_dir)
+    assert last.keys() == final.keys() and all(torch.equal(last[name], final[name]) for name in last)
+    raw = weights(Path(straight.output_dir) / "checkpoint-10")
+    assert any(not torch.equal(raw[name], final[name]) for name in final)
+    with pytest.raises(ValueError, match="`ema_decay` is None, .* was made with 0.8"):
+        pretrain(make("resumed", **{**common, "ema_decay": None}, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="`train_data` is .*procedural .* was made with"):
+        pretrain(make("resumed", **{**common, "train_data": "procedural"}, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_batches_made_as_for_a_gpu_train_as_any_other(make, dataset):
+    common = {"train_data": f"procedural:0.7,{dataset}:0.3", "max_steps": 5}
+    pretrain(make("plain", **common))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = PreTrainer(make("ahead", **common, num_workers=1))
+    trainer.on_gpu = trainer.data.deferred = True
+    trainer.run()
+    assert_close_run(make("ahead").output_dir, make("plain").output_dir)
+
+
+def test_procedural_shapes_alone_need_no_data_set(make):
+    result = pretrain(make("run", dataset=None, train_data="procedural", max_steps=2, evaluate=True))
+    assert result["report"] is None and result["dataset"] == [{"share": 1.0, "version": 1, "seed": 0}]
+
+
+def test_averaging_changes_the_final_weights_and_nothing_else(make):
+    pretrain(make("plain"))
+    pretrain(make("averaged", ema_decay=0.9))
+    assert log(make("plain").output_dir) == log(make("averaged").output_dir)
+    plain, averaged = (weights(make(name).output_dir) for name in ("plain", "averaged"))
+    assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
+
+
+def test_a_compiled_run_in_bfloat16_trains_and_saves_as_any_other(make, monkeypatch):
+    build = Accelerator.__init__
+
+    def build_traced(self, *args, dynamo_backend, **kwargs):
+        assert dynamo_backend == "inductor"  # which takes minutes to do more than this
+        build(self, *args, dynamo_backend="eager", **kwargs)
+
+    common = {"mixed_precision": "bf16", "max_steps": 4, "grad_norm_steps": 0, "ema_decay": 0.9}
+    pretrain(make("plain", **common))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(Accelerator, "__init__", build_traced)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pretrain(make("compiled", **common, compile=True))
+    for found, wanted in zip(log(make("compiled").output_dir), log(make("plain").output_dir), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
+    assert weights(make("compiled").output_dir).keys() == weights(make("plain").output_dir).keys()
+
+
 def test_another_seed_is_another_run(make):
     pretrain(make("zero", max_steps=2))
     pretrain(make("one", max_steps=2, seed=1))
@@ -349,6 +478,8 @@ def test_the_result_and_the_log_hold_what_happened(make):
     assert result["steps"] == 10 and result["seconds"] > 0 and result["samples_per_second"] > 0
     assert result["arguments"]["batch_size"] == 8 and result["config"]["hidden_size"] == 32
     assert {"python", "torch", "transformers"} <= result["versions"].keys()
+    assert result["flops_per_second"] == pytest.approx(result["samples_per_second"] * result["flops_per_sample"], 1e-2)
+    assert result["share_of_peak"] is None and result["weights"] == "of the last step"
     lines = log(make("run").output_dir)
     assert [line["step"] for line in lines] == [1, 2, 4, 6, 8, 10]
     assert [line["epoch"] for line in lines] == [0.2, 0.4, 0.8, 1.2, 1.6, 2.0]
@@ -483,7 +614,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(tmp_path, name, damage):
     model = torch.nn.Linear(2, 2)
-    model.save_pretrained = lambda folder: (folder / "model.safetensors").write_bytes(bytes(100))
+    model.save_pretrained = lambda folder, state_dict: (folder / "model.safetensors").write_bytes(bytes(100))
     optimizer = torch.optim.AdamW(model.parameters())
     path = checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, {"step": 1})
     checkpoints.verify_checkpoint(path)
@@ -556,6 +687,7 @@ def test_an_output_folder_in_use_is_refused_unless_it_may_be_overwritten(make):
         ({"preset": "huge"}, "huge"),
         ({"report_to": "wandb"}, "`report_to` is 'wandb'"),
         ({"dataset": None}, "`dataset` is None"),
+        ({"train_data": "procedural:0"}, "`train_data` gives 'procedural' the weight 0"),
         ({"split": "validation"}, "validation"),
     ],
 )
@@ -572,6 +704,9 @@ def test_unusable_arguments_are_refused_before_training(make, wrong, message):
         {"warmup_ratio": 1.0},
         {"seed": -1},
         {"max_steps": None, "streaming": True},
+        {"max_steps": None, "train_data": "procedural"},
+        {"streaming": True, "max_steps": 5, "train_data": "procedural"},
+        {"ema_decay": 1.0},
         {"push_to_hub": True},
         {"config_name": "a", "model_name_or_path": "b"},
     ],
@@ -599,6 +734,81 @@ def test_one_batch_can_be_overfitted(make, dataset):
         optimizer.zero_grad()
         losses.append((outputs.loss_3d.item(), outputs.loss_2d.item()))
     assert losses[-1][0] < 0.2 * losses[0][0] and losses[-1][1] < 0.05 * losses[0][1]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_batches_are_made_ahead_in_their_order_and_no_further(depth):
+    made = []
+
+    def batches():
+        for number in range(6):
+            made.append(number)
+            yield {"x": torch.tensor([number])}, number
+
+    ahead = prefetch(batches(), torch.device("cpu"), depth)
+    seen = [next(ahead) for _ in range(2)]
+    assert [(int(batch["x"]), rest) for batch, rest in seen] == [(0, 0), (1, 1)]
+    deadline = time.monotonic() + 5
+    while depth and len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) == (5 if depth else 2)  # two taken, two ready, one in hand
+    ahead.close()
+    assert len(made) < 6 and "prefetch" not in [thread.name for thread in threading.enumerate()]
+    assert [rest for _, rest in prefetch(batches(), torch.device("cpu"), depth)] == list(range(6))
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_what_goes_wrong_ahead_is_raised_where_the_batch_is_missing(depth):
+    def batches():
+        yield {"x": torch.ones(1)}, None
+        raise KeyError("row 7")
+
+    ahead = prefetch(batches(), torch.device("cpu"), depth)
+    next(ahead)
+    with pytest.raises(KeyError, match="row 7"):
+        next(ahead)
+
+
+def test_an_average_forgets_its_start_soon_and_then_follows_slowly():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.zero_()
+    average = WeightAverage(model, 0.9)
+    model.weight.data.fill_(1.0)
+    average.update(1)
+    assert average.tensors()["weight"].item() == pytest.approx(9 / 11)
+    average.update(1000)
+    assert average.tensors()["weight"].item() == pytest.approx(1 - 0.9 * 2 / 11)
+    average.copy_to_model()
+    assert model.weight.item() == pytest.approx(1 - 0.9 * 2 / 11)
+
+
+def test_the_work_of_a_step_is_that_of_its_products():
+    """A wider feed-forward layer adds two products of its width to each block, and two backward for each."""
+    config = JointMAEConfig.from_preset("tiny")
+    wide = JointMAEConfig(**{**config.to_dict(), "intermediate_size": 2 * config.intermediate_size})
+    visible = config.num_visible_tokens + config.num_visible_patches
+    added = 2 * visible * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    assert training_flops(wide) - training_flops(config) == pytest.approx(2 * 3 * added)
+
+
+def test_a_peak_is_given_where_a_data_sheet_tells_it(monkeypatch):
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+    for name, peak in (("NVIDIA H100 80GB HBM3", PEAKS["H100"]), ("NVIDIA H100 PCIe", 756e12), ("Tesla T4", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda"), "bf16") == peak
+        assert peak_flops(torch.device("cuda"), "no") is None
+
+
+def test_a_summary_holds_the_speed_and_what_the_report_compares():
+    svm = {"classes": 37, "pretrained": {"accuracy": 61.25}, "untrained": {"accuracy": 53.5}}
+    losses = {"held_out": {"loss_3d": 0.005}, "encoder_output_averaged": {"loss_3d": 0.01}}
+    result = {"steps": 100, "arguments": {"batch_size": 512}, "seconds": 60.0, "num_processes": 2, "device": "H100"}
+    result |= {"samples_per_second": 853.3, "flops_per_second": 11.25e12, "share_of_peak": 0.0057, "report": None}
+    speed = "51,200 samples in 1.0 minutes on 2 x H100: 853 samples/s, 11.2 TFLOP/s, 0.6% of the peak."
+    assert summarize(result) == speed
+    text = summarize({**result, "share_of_peak": None, "report": {"linear_svm": svm, "reconstruction": losses}})
+    assert "of the peak" not in text and "2D loss" not in text
+    assert "| 3D loss, 1e-3 | 5.00 | 10.00 |" in text and "| linear SVM, 37 classes, % | 61.25 | 53.50 |" in text
 
 
 def test_only_matrices_are_decayed(make):
@@ -668,6 +878,7 @@ def test_the_script_does_nothing_when_imported_and_finds_its_data():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.EMBEDDED_DATASET.resolve() == SCRIPT.parent / "data" / "kicad-parts"
+    assert module.name_embedded_dataset("procedural:3,kicad") == f"procedural:3.0,{module.EMBEDDED_DATASET}:1.0"
 
 
 def test_a_run_on_the_cpu_has_the_threads_it_was_told(make):

@@ -62,29 +62,49 @@ class PreTrainingCollator:
             `point_values`, and what the model would else draw itself: `point_noise`, and with a 2D branch `view`,
             `patch_noise` and, if the configuration has modality dropout, `image_dropped`.
         """
+        points, matrix, shift, noise = self.draw(clouds, keys)
+        points = apply_affine(points, matrix, shift)
+        return {"point_values": torch.from_numpy(points), **noise}
+
+    def draw(
+        self, clouds: Sequence[np.ndarray | None], keys: Sequence[tuple[int, int]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, torch.Tensor]]:
+        """
+        All that is random, before the clouds are augmented.
+
+        Args:
+            clouds: as above; `None` where a cloud of `num_points` is made later.
+            keys: (epoch, index) of each sample.
+
+        Returns:
+            The clouds that there are, subsampled and normalised, float32 `(clouds, num_points, 3)`; the map of each
+            sample, `(batch, 3, 3)` and `(batch, 3)`; and the inputs of the model other than points.
+        """
         size = len(clouds)
-        points = np.empty((size, self.num_points, 3), dtype=np.float32)
+        points = np.empty((sum(cloud is not None for cloud in clouds), self.num_points, 3), dtype=np.float32)
         matrix, shift = np.empty((size, 3, 3)), np.empty((size, 3))
         view = np.empty(size, dtype=np.int64)
         point_noise = np.empty((size, self.num_tokens), dtype=np.float32)
         patch_noise = np.empty((size, self.num_patches), dtype=np.float32)
         dropped = np.empty(size, dtype=bool)
+        filled = 0
         for row, (cloud, (epoch, index)) in enumerate(zip(clouds, keys, strict=True)):
             generator = counter_generator(self.seed, SAMPLES, epoch, index)
-            points[row] = cloud[subsample(generator, len(cloud), self.num_points)]
+            if cloud is not None:
+                points[filled] = cloud[subsample(generator, len(cloud), self.num_points)]
+                filled += 1
             matrix[row], shift[row] = self.augmentation.draw(generator)
             view[row] = generator.integers(len(VIEW_AXES))
             point_noise[row] = generator.random(self.num_tokens, dtype=np.float32)
             patch_noise[row] = generator.random(self.num_patches, dtype=np.float32)
             dropped[row] = generator.random() < self.modality_dropout
-        points = apply_affine(normalize_clouds(points), matrix, shift)
-        batch = {"point_values": torch.from_numpy(points), "point_noise": torch.from_numpy(point_noise)}
+        noise = {"point_noise": torch.from_numpy(point_noise)}
         if self.use_image_branch:
-            batch["view"] = torch.from_numpy(view)
-            batch["patch_noise"] = torch.from_numpy(patch_noise)
+            noise["view"] = torch.from_numpy(view)
+            noise["patch_noise"] = torch.from_numpy(patch_noise)
             if self.modality_dropout > 0:
-                batch["image_dropped"] = torch.from_numpy(dropped)
-        return batch
+                noise["image_dropped"] = torch.from_numpy(dropped)
+        return normalize_clouds(points), matrix, shift, noise
 
 
 class EpochBatches(Dataset):
@@ -105,6 +125,8 @@ class EpochBatches(Dataset):
     Raises:
         ValueError: if `batch_size` does not divide evenly, or exceeds the data set.
     """
+
+    batches_at_once = 1
 
     def __init__(
         self,

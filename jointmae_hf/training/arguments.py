@@ -25,6 +25,11 @@ class PreTrainingArguments:
     dataset: str | None = _argument(
         None, "Name on the Hub, local folder, parquet file or pattern of parquet files (default: the embedded data)."
     )
+    train_data: str | None = _argument(
+        None,
+        "Sources to train on instead of --dataset, `NAME:WEIGHT,...`: `procedural` shapes, and data sets as --dataset "
+        "takes them. --dataset is then for the report alone. Needs --max_steps.",
+    )
     dataset_config_name: str | None = _argument(None, "Configuration of a Hub data set that has several.")
     split: str = _argument("train", "Split to train on, in the syntax of `datasets`.")
     points_column: str = _argument("points", "Column of clouds: (n, 3) each, n any number.")
@@ -68,6 +73,9 @@ class PreTrainingArguments:
         None, "Precision of the forward pass (default: what `accelerate launch` says, else no)."
     )
     compile: bool = _argument(False, "Compile the model with torch.compile.")
+    ema_decay: float | None = _argument(
+        None, "Keep an exponential moving average of the weights, and end with it (0.999, say; default: none)."
+    )
     seed: int = _argument(0, "Decides everything random: weights, order, augmentation, views, masks.")
 
     # Output
@@ -108,7 +116,11 @@ class PreTrainingArguments:
         for name in ("max_steps", "save_total_limit", "num_threads"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2 ** 63 - 1")
-        self._require("max_steps", not self.streaming or self.max_steps is not None, "a number with `streaming`")
+        for name in ("streaming", "train_data"):
+            endless = self.max_steps is None and getattr(self, name)
+            self._require("max_steps", not endless, f"a number with `{name}`")
+        self._require("streaming", not (self.streaming and self.train_data), "False with `train_data`")
+        self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         self._require("hub_model_id", not self.push_to_hub or self.hub_model_id, "a name with `push_to_hub`")
         both = self.config_name is not None and self.model_name_or_path is not None
         self._require("config_name", not both, "nothing with `model_name_or_path`, which has its configuration")

@@ -4,6 +4,7 @@ A checkpoint is a folder `checkpoint-STEP`:
 
     config.json, model.safetensors    what `save_pretrained` writes: a model to load like any other
     optimizer.safetensors             `PARAMETER.exp_avg` and so on, by the name of the parameter
+    average.safetensors               the average of the weights, if the run keeps one
     trainer_state.json                step, arguments, losses so far, position in the stream
     log.jsonl                         the log up to this step
     manifest.json                     size and SHA-256 of each of them
@@ -29,11 +30,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from .averaging import WeightAverage
+from .sharding import spread_like, whole
+
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 STATE = "trainer_state.json"
 LOG = "log.jsonl"
 MANIFEST = "manifest.json"
@@ -86,9 +91,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     log: Path | None = None,
+    average: WeightAverage | None = None,
+    writes: bool = True,
 ) -> Path:
     """
-    Writes `output_dir/checkpoint-STEP`, whole or not at all.
+    Writes `output_dir/checkpoint-STEP`, whole or not at all. All processes call it, since each may have a part.
 
     Args:
         output_dir: folder of the run.
@@ -97,13 +104,21 @@ def save_checkpoint(
         optimizer: its optimizer; only its tensors are saved, its settings are arguments.
         state: everything else that continuing needs, for JSON.
         log: log of the run so far, copied along.
+        average: average of the weights.
+        writes: whether this is the process that writes.
     """
     path = output_dir / f"checkpoint-{step}"
+    weights, moments = whole_weights(model), optimizer_tensors(model, optimizer)
+    averages = None if average is None else {name: whole(tensor) for name, tensor in average.tensors().items()}
+    if not writes:
+        return path
     partial = path.with_name(path.name + ".partial")
     remove_unfinished(output_dir)
     partial.mkdir(parents=True)
-    save_model(model, partial)
-    save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+    save_model(model, partial, weights)
+    save_file(moments, partial / OPTIMIZER)
+    if averages is not None:
+        save_file(averages, partial / AVERAGE)
     (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
     if log is not None and log.exists():
         shutil.copyfile(log, partial / LOG)
@@ -123,12 +138,12 @@ def save_checkpoint(
     return path
 
 
-def save_model(model: PreTrainedModel, folder: Path):
+def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]):
     """`save_pretrained` without its progress bar, which would cut through that of training."""
     was_enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     finally:
         if was_enabled:
             hf_logging.enable_progress_bar()
@@ -191,7 +206,9 @@ def load_weights(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         CheckpointError: if a file cannot be read or does not fit the model.
     """
     try:
-        model.load_state_dict(load_file(path / MODEL))
+        own = model.state_dict()
+        weights = load_file(path / MODEL).items()
+        model.load_state_dict({name: spread_like(tensor, own.get(name, tensor)) for name, tensor in weights})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path / MODEL} cannot be loaded: {error}") from error
     try:
@@ -205,13 +222,31 @@ def load_weights(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
                 raise CheckpointError(f"{path / OPTIMIZER} lacks {name}.{key}.")
             tensor = tensors[f"{name}.{key}"]
             # AdamW counts its steps on the CPU.
-            optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+            optimizer.state[parameter][key] = tensor if key == "step" else spread_like(tensor, parameter)
+
+
+def load_average(path: Path, average: WeightAverage):
+    """
+    Puts the average of a checkpoint into that of a run.
+
+    Raises:
+        CheckpointError: if it cannot be read or does not fit the model.
+    """
+    try:
+        average.load(load_file(path / AVERAGE))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path / AVERAGE} cannot be loaded: {error}") from error
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model, each in one piece."""
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The tensors of an optimizer's state, `PARAMETER.KEY`."""
+    """The tensors of an optimizer's state, each in one piece, `PARAMETER.KEY`."""
     return {
-        f"{name}.{key}": tensor.detach().contiguous()
+        f"{name}.{key}": whole(tensor).contiguous()
         for name, parameter in model.named_parameters()
         for key, tensor in optimizer.state[parameter].items()
     }

@@ -8,7 +8,8 @@ Notable choices:
   the losses by rounding only (and by which samples stochastic depth drops, where there is any).
 - Losses are averaged over processes at each step in one tensor, which carries the wish to stop too: all processes see
   a loss that is not finite, or a signal, at the same step. On a GPU that tensor is read one step late, so that nothing
-  waits for it.
+  waits for it, and the next batches are made and moved by a thread meanwhile.
+- All batches of a process have one size, so a compiled step is compiled once.
 """
 
 import logging
@@ -23,9 +24,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
@@ -41,13 +43,16 @@ from .. import JointMAEConfig, JointMAEForPreTraining, JointMAEPointCloudProcess
 from ..data.augmentation import STEPS, Augmentation, counter_generator
 from ..data.collation import EpochBatches, PreTrainingCollator, StreamBatches
 from ..data.loading import check_column, load_point_clouds, load_point_dataset, load_point_table
+from ..data.mixture import MixedBatches, finish_batch, open_sources, parse_mixture
 from .arguments import PreTrainingArguments, build_config
+from .averaging import WeightAverage
 from .checkpoints import (
     LOG,
     MODEL,
     STATE,
     latest_checkpoint,
     list_checkpoints,
+    load_average,
     load_weights,
     read_json,
     remove_old_checkpoints,
@@ -56,8 +61,13 @@ from .checkpoints import (
     save_checkpoint,
     save_model,
     verify_checkpoint,
+    whole_weights,
 )
+from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
+from .prefetch import prefetch
+from .sharding import is_spread, whole
+from .summary import summarize
 from .threads import ReplicaThreads
 
 
@@ -66,7 +76,7 @@ logger = logging.getLogger(__name__)
 RESULT = "result.json"
 _TRACKERS = "runs"
 
-# Arguments that a resumed run must share with the one it continues. The data set is compared by content, the
+# Arguments that a resumed run must share with the one it continues. The data is compared by content, the
 # configuration field by field; what is left (output, logging, workers, accumulation, ...) changes nothing or rounding.
 DECISIVE = (
     "seed",
@@ -87,9 +97,12 @@ DECISIVE = (
     "adam_beta2",
     "max_grad_norm",
     "mixed_precision",
+    "ema_decay",
 )
 # Without an epoch's length, the losses of the result are means over this many last steps.
 _FINAL_STEPS_OF_STREAM = 100
+# Batches that are on a GPU before they are needed.
+_BATCHES_AHEAD = 2
 
 
 class NonFiniteLossError(RuntimeError):
@@ -157,11 +170,11 @@ class PreTrainer:
     def __init__(self, arguments: PreTrainingArguments):
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
-        if arguments.dataset is None:
+        if arguments.dataset is None and arguments.train_data is None:
             raise ValueError("`dataset` is None, expected a name on the Hub, a folder or a parquet file.")
-        if arguments.evaluate and arguments.streaming:
-            logger.warning("A stream is not evaluated on: there will be no report.")
-        self.evaluates = arguments.evaluate and not arguments.streaming
+        self.evaluates = arguments.evaluate and arguments.dataset is not None and not arguments.streaming
+        if arguments.evaluate and not self.evaluates:
+            logger.warning("Without `dataset`, or with a stream, there is nothing to evaluate on: no report.")
         if self.evaluates:
             from ..evaluation import pretraining_report  # noqa: F401  fail before training, not after
 
@@ -175,6 +188,7 @@ class PreTrainer:
         )
         self.is_main = self.accelerator.is_main_process
         # On a GPU, a step's losses are read when the next one is under way.
+        self.on_gpu = self.accelerator.device.type == "cuda"
         self.lag = 0 if self.accelerator.device.type == "cpu" else 1
         self.checkpoint = self._find_checkpoint()
         self._load_data()
@@ -197,6 +211,10 @@ class PreTrainer:
             log_with=trackers or None,
             project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / _TRACKERS)),
         )
+        sharding = getattr(accelerator.state, "fsdp_plugin", None)
+        if sharding is not None and sharding.transformer_cls_names_to_wrap is None:
+            # Accelerate shards the input embedding by itself, so the module that holds it must not be a unit.
+            sharding.transformer_cls_names_to_wrap = ["JointMAELayer"]
         if accelerator.device.type == "cpu":
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
             torch.set_num_threads(arguments.num_threads or max(1, available_cores() // local_processes))
@@ -244,31 +262,57 @@ class PreTrainer:
             "process_index": self.accelerator.process_index,
             "accumulation": arguments.gradient_accumulation_steps,
         }
-        source = (arguments.dataset, arguments.split, arguments.streaming, arguments.dataset_config_name)
-        with self.accelerator.main_process_first():  # one process fills the cache of `datasets`
-            dataset = load_point_dataset(*source)
-        check_column(dataset, arguments.points_column)
-        if arguments.streaming:
-            self.data = StreamBatches(
-                dataset,
-                arguments.points_column,
-                collator,
-                shuffle_buffer_size=arguments.shuffle_buffer_size,
-                **self.layout,
-            )
-            self.fingerprint = {"name": arguments.dataset, "num_processes": self.accelerator.num_processes}
-            self.steps_per_epoch = None
-            self.total_steps = arguments.max_steps
+        self.num_workers = arguments.num_workers
+        if self.num_workers is None:
+            self.num_workers = 2 if self.on_gpu else 0
+        self.steps_per_epoch, self.total_steps = None, arguments.max_steps
+        if arguments.train_data is not None:
+            self._load_mixture(collator)
+        elif arguments.streaming:
+            self._load_stream(collator)
         else:
-            clouds = load_point_clouds(dataset, arguments.points_column)
-            self.data = EpochBatches(clouds, collator, **self.layout)
-            self.fingerprint = clouds.fingerprint()
-            self.steps_per_epoch = self.data.steps_per_epoch
-            self.total_steps = arguments.max_steps or max(1, round(arguments.epochs * self.steps_per_epoch))
+            self._load_clouds(collator)
         self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
         self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
         if self.evaluates and self.is_main:
             self.test_table = self._load_table(arguments.eval_split)
+
+    def _load_mixture(self, collator: PreTrainingCollator):
+        arguments = self.arguments
+        weights = parse_mixture(arguments.train_data)
+        with self.accelerator.main_process_first():
+            sources = open_sources(
+                list(weights), self.config.num_points, arguments.seed, arguments.split, arguments.points_column
+            )
+        self.data = MixedBatches(sources, weights, collator, deferred=self.on_gpu, **self.layout)
+        self.fingerprint = self.data.fingerprint()
+
+    def _load_stream(self, collator: PreTrainingCollator):
+        arguments = self.arguments
+        self.data = StreamBatches(
+            self._open_dataset(),
+            arguments.points_column,
+            collator,
+            shuffle_buffer_size=arguments.shuffle_buffer_size,
+            **self.layout,
+        )
+        self.fingerprint = {"name": arguments.dataset, "num_processes": self.accelerator.num_processes}
+
+    def _load_clouds(self, collator: PreTrainingCollator):
+        arguments = self.arguments
+        clouds = load_point_clouds(self._open_dataset(), arguments.points_column)
+        self.data = EpochBatches(clouds, collator, **self.layout)
+        self.fingerprint = clouds.fingerprint()
+        self.steps_per_epoch = self.data.steps_per_epoch
+        self.total_steps = arguments.max_steps or max(1, round(arguments.epochs * self.steps_per_epoch))
+
+    def _open_dataset(self) -> Any:
+        arguments = self.arguments
+        source = (arguments.dataset, arguments.split, arguments.streaming, arguments.dataset_config_name)
+        with self.accelerator.main_process_first():  # one process fills the cache of `datasets`
+            dataset = load_point_dataset(*source)
+        check_column(dataset, arguments.points_column)
+        return dataset
 
     def _load_table(self, split: str):
         arguments = self.arguments
@@ -297,13 +341,21 @@ class PreTrainer:
         )
         self.threads = self._build_threads()
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
+        decay = arguments.ema_decay
+        self.average = None if decay is None else WeightAverage(self.raw_model, decay)
         self.shared_encoder = list(self.raw_model.joint_mae.layers.parameters())
+        # FSDP gathers gradients in a backward pass of its own, so single losses cannot be told apart there.
+        self.is_sharded = any(is_spread(parameter) for parameter in self.raw_model.parameters())
+        self.grad_norm_steps = 0 if self.is_sharded else arguments.grad_norm_steps
         config = self.config
         self.loss_weights = {"loss_3d": config.point_loss_weight}
         if config.use_image_branch:
             self.loss_weights["loss_2d"] = config.pixel_loss_weight
             if config.use_cross_loss:
                 self.loss_weights["loss_cross"] = config.cross_loss_weight
+        self.flops = training_flops(config)
+        peak = peak_flops(self.accelerator.device, arguments.mixed_precision)
+        self.peak = None if peak is None else peak * self.accelerator.num_processes
         # In the order in which a value that is not finite is blamed: the total comes after its terms.
         self.terms = [*self.loss_weights, "loss"]
 
@@ -321,6 +373,8 @@ class PreTrainer:
         state = read_json(checkpoint / STATE)
         self._check_same_run(checkpoint, state)
         load_weights(checkpoint, self.raw_model, self.raw_optimizer)
+        if self.average is not None:
+            load_average(checkpoint, self.average)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         position = None
@@ -359,10 +413,11 @@ class PreTrainer:
 
         names = DECISIVE + (("shuffle_buffer_size",) if self.arguments.streaming else ())
         for name in names:
-            if getattr(self.arguments, name) != state["arguments"][name]:
-                refuse(name, getattr(self.arguments, name), state["arguments"][name])
+            if getattr(self.arguments, name) != state["arguments"].get(name):
+                refuse(name, getattr(self.arguments, name), state["arguments"].get(name))
         if self.fingerprint != state["dataset"]:
-            refuse("dataset", f"{self.arguments.dataset} ({self.fingerprint})", state["dataset"])
+            name = "dataset" if self.arguments.train_data is None else "train_data"
+            refuse(name, f"{getattr(self.arguments, name)} ({self.fingerprint})", state["dataset"])
         config = config_fields(self.config)
         for name, expected in config_fields(JointMAEConfig.from_pretrained(checkpoint)).items():
             if config[name] != expected:
@@ -374,16 +429,16 @@ class PreTrainer:
         self._prepare_output_dir()
         if self.arguments.report_to != "none":
             self.accelerator.init_trackers("joint-mae-pretraining", config=self._tracked_arguments())
-        with self._stop_on_signals():
-            self._train()
-        result = self._finish() if self.is_main else None
+        with self._stop_on_signals(), closing(self._batches()) as batches:
+            self._train(batches)
+        model = self._final_model()
+        result = self._finish(model) if self.is_main else None
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return result
 
-    def _train(self):
+    def _train(self, batches: Iterator):
         arguments, progress = self.arguments, self.progress
-        batches = self._batches()
         started = time.perf_counter() - progress.seconds
         logged = (progress.step - progress.since_log.count, progress.seconds)
         bar = tqdm(total=self.total_steps, initial=progress.step, disable=not self.is_main, unit="step")
@@ -392,7 +447,7 @@ class PreTrainer:
             is_last = step == self.total_steps
             logs = step % arguments.logging_steps == 0 or is_last
             saves = is_last or (arguments.save_steps > 0 and step % arguments.save_steps == 0)
-            measures = arguments.grad_norm_steps > 0 and (step == 1 or step % arguments.grad_norm_steps == 0)
+            measures = self.grad_norm_steps > 0 and (step == 1 or step % self.grad_norm_steps == 0)
 
             values, grad_norms = self._training_step(step, batches, measures)
             self.unread.append((step, values))
@@ -416,25 +471,23 @@ class PreTrainer:
         bar.close()
 
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any] | None]]:
-        """The batches of this process from the current step on."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        workers = self.arguments.num_workers
-        workers = (2 if on_gpu else 0) if workers is None else workers
-        sampler = None
+        """The batches of this process from the current step on, on its device."""
+        options: dict[str, Any] = {"pin_memory": self.on_gpu, "worker_init_fn": _leave_process_group}
         if self.arguments.streaming:
-            workers = min(workers, 1)  # several would read the stream in another order
+            workers = min(self.num_workers, 1)  # several would read the stream in another order
+            batches = iter(DataLoader(self.data, batch_size=None, num_workers=workers, **options))
         else:
             accumulation = self.layout["accumulation"]
-            sampler = range(self.progress.step * accumulation, self.total_steps * accumulation)
-        loader = DataLoader(
-            self.data,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=on_gpu,
-            worker_init_fn=_leave_process_group,
-        )
-        return iter(loader)
+            numbers = range(self.progress.step * accumulation, self.total_steps * accumulation)
+            sampler = BatchSampler(numbers, self.data.batches_at_once, drop_last=False)
+            loader = DataLoader(
+                self.data, batch_sampler=sampler, collate_fn=list, num_workers=self.num_workers, **options
+            )
+            batches = chain.from_iterable(loader)
+            if self.arguments.train_data is not None and self.data.deferred:
+                device = self.accelerator.device
+                batches = ((finish_batch(batch, device), position) for batch, position in batches)
+        return prefetch(batches, self.accelerator.device, _BATCHES_AHEAD if self.on_gpu else 0)
 
     def _training_step(self, step: int, batches: Iterator, measures: bool) -> tuple[torch.Tensor, dict[str, float]]:
         """
@@ -452,7 +505,6 @@ class PreTrainer:
         total, grad_norms = torch.zeros(len(self.terms), device=device), {}
         for part in range(accumulation):
             batch, self.progress.position = next(batches)
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(self.model):
                 if self.threads is not None and not measures:
                     total += self.threads.backward(batch, self.terms, 1 / accumulation) / accumulation
@@ -467,8 +519,10 @@ class PreTrainer:
         grad_norm = accelerator.clip_grad_norm_(self.raw_model.parameters(), arguments.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(step)
         stop = torch.tensor(float(self.received_signal is not None), device=device)
-        values = torch.cat([total, torch.stack([grad_norm.detach().float().to(device), stop])])
+        values = torch.cat([total, torch.stack([whole(grad_norm).float().to(device), stop])])
         return accelerator.reduce(values, reduction="mean"), grad_norms
 
     def _read_losses(self, everything: bool) -> bool:
@@ -491,7 +545,11 @@ class PreTrainer:
         shown = {name: f"{value:.4f}" for name, value in self.losses.items()}
         shown["lr"] = f"{self._learning_rate(self.progress.step):.1e}"
         if bar.format_dict["rate"]:
-            shown["samples/s"] = f"{bar.format_dict['rate'] * self.arguments.batch_size:.0f}"
+            rate = bar.format_dict["rate"] * self.arguments.batch_size
+            shown["samples/s"] = f"{rate:.0f}"
+            shown["TFLOP/s"] = f"{rate * self.flops / 1e12:.3g}"
+            if self.peak is not None:
+                shown["of peak"] = f"{rate * self.flops / self.peak:.1%}"
         return shown
 
     def _check_finite(self, step: int, losses: dict[str, float], grad_norm: float):
@@ -529,21 +587,29 @@ class PreTrainer:
     def _save(self):
         progress = self.progress
         positions = gather_object([progress.position]) if self.arguments.streaming else None
+        scaler = self.accelerator.scaler
+        state = {
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "arguments": asdict(self.arguments),
+            "dataset": self.fingerprint,
+            "since_log": asdict(progress.since_log),
+            "last_epoch": asdict(progress.last_epoch),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "positions": positions,
+            "versions": versions(),
+        }
+        save_checkpoint(
+            self.output_dir,
+            progress.step,
+            self.raw_model,
+            self.raw_optimizer,
+            state,
+            log=self.output_dir / LOG,
+            average=self.average,
+            writes=self.is_main,
+        )
         if self.is_main:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": progress.step,
-                "seconds": progress.seconds,
-                "arguments": asdict(self.arguments),
-                "dataset": self.fingerprint,
-                "since_log": asdict(progress.since_log),
-                "last_epoch": asdict(progress.last_epoch),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "positions": positions,
-                "versions": versions(),
-            }
-            log = self.output_dir / LOG
-            save_checkpoint(self.output_dir, progress.step, self.raw_model, self.raw_optimizer, state, log)
             remove_old_checkpoints(self.output_dir, self.arguments.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -579,12 +645,23 @@ class PreTrainer:
 
     # ---- The end
 
-    def _finish(self) -> dict[str, Any]:
+    def _final_model(self) -> JointMAEForPreTraining:
+        """The model in one piece, for evaluation; all processes take part."""
+        if self.average is not None:
+            self.average.copy_to_model()
+        if not self.is_sharded:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+            return model.eval()
+        model = build_untrained_model(self.config, self.arguments.seed)
+        model.load_state_dict(whole_weights(self.raw_model))
+        return model.to(self.accelerator.device).eval()
+
+    def _finish(self, model: JointMAEForPreTraining) -> dict[str, Any]:
         """Saves the model, evaluates it, and writes the result."""
         arguments, progress = self.arguments, self.progress
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        model.eval()
         self._save_model(model)
+        samples_per_second = progress.step * arguments.batch_size / progress.seconds
+        flops_per_second = samples_per_second * self.flops
         result = {
             "command": shlex.join(sys.argv),
             "seed": arguments.seed,
@@ -597,12 +674,16 @@ class PreTrainer:
             "num_processes": self.accelerator.num_processes,
             "steps": progress.step,
             "seconds": round(progress.seconds, 2),
-            "samples_per_second": round(progress.step * arguments.batch_size / progress.seconds, 2),
+            "samples_per_second": round(samples_per_second, 2),
+            "flops_per_sample": round(self.flops),
+            "flops_per_second": round(flops_per_second),
+            "share_of_peak": None if self.peak is None else round(flops_per_second / self.peak, 4),
+            "weights": "of the last step" if self.average is None else "averaged over the steps",
             "final_losses": progress.last_epoch.mean(),
             "report": self._report(model) if self.evaluates else None,
         }
         replace_file(self.output_dir / RESULT, dumps(result, indent=2) + "\n")
-        logger.info("The model and %s are in %s.", RESULT, self.output_dir)
+        logger.info("The model and %s are in %s.\n\n%s\n", RESULT, self.output_dir, summarize(result))
         if arguments.push_to_hub:
             self._push_to_hub()
         return result
@@ -612,7 +693,7 @@ class PreTrainer:
         processor = JointMAEPointCloudProcessor.from_config(config)
         staging = self.output_dir / "model.partial"
         shutil.rmtree(staging, ignore_errors=True)
-        save_model(model, staging)
+        save_model(model, staging, whole_weights(model))
         processor.save_pretrained(staging)
         for file in sorted(staging.iterdir()):
             file.replace(self.output_dir / file.name)
