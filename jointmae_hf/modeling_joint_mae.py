@@ -887,18 +887,17 @@ class JointMAEClassificationHead(nn.Module):
 
     def __init__(self, config: JointMAEConfig):
         super().__init__()
-        width = config.classifier_hidden_size
-        self.fc1 = nn.Linear(2 * config.hidden_size, width)
-        self.norm1 = nn.BatchNorm1d(width)
-        self.fc2 = nn.Linear(width, width)
-        self.norm2 = nn.BatchNorm1d(width)
+        num_hidden, width = config.classifier_num_layers - 1, config.classifier_hidden_size
+        sizes = [2 * config.hidden_size] + [width] * num_hidden
+        self.hidden_layers = nn.ModuleList([nn.Linear(size, width) for size in sizes[:-1]])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for _ in range(num_hidden)])
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(width, config.num_labels)
+        self.out_proj = nn.Linear(sizes[-1], config.num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.dropout(nn.functional.relu(self.norm1(self.fc1(features))))
-        hidden = self.dropout(nn.functional.relu(self.norm2(self.fc2(hidden))))
-        return self.out_proj(hidden)
+        for layer, norm in zip(self.hidden_layers, self.norms, strict=True):
+            features = self.dropout(nn.functional.relu(norm(layer(features))))
+        return self.out_proj(features)
 
 
 class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
