@@ -46,7 +46,8 @@ class TaskResult:
     Args:
         task: one of `TASKS`.
         model: `name`, `initialization` (one of `INITIALIZATIONS`), `parameters` (how many are used) and `weights`
-            (digest of the weights before the task, `None` where each seed has its own).
+            (digest of the encoder before the task, `None` where each seed has its own); after fine-tuning also
+            `final_weights`: digests of the last models, one for each seed.
         dataset: `name`, `config_name` and `splits`: the fingerprint of each split that was read.
         split_sizes: shapes used of each part, and `classes`.
         seeds: one for each value of a metric.
@@ -144,9 +145,14 @@ def command_line() -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names and values of a model's weights, whatever file they are in."""
+    """
+    SHA-256 over the names and values of a model's weights, whatever file they are in. The 2D embedding is left out: an
+    encoder is the same with or without it once it is given clouds alone.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if "image_embeddings." in name:
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

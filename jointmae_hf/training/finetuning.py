@@ -506,6 +506,7 @@ class FineTuner:
             "batch_size": self.batch_size,
             "split_sizes": self.split_sizes,
             "initial_weights": self.initial_weights,
+            "final_weights": weights_digest(self.raw_model),
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
             "trained_parameters": sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad),
             "voting": getattr(self.arguments, "voting", 0),
@@ -612,6 +613,7 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
             "initialization": "from_scratch" if arguments.from_scratch else "pretrained",
             "parameters": runs[0]["parameters"],
             "weights": None if arguments.from_scratch else weights.pop(),
+            "final_weights": [run["final_weights"] for run in runs],
         },
         dataset={
             "name": arguments.dataset,
