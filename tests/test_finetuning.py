@@ -2,7 +2,9 @@
 
 import json
 import logging
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -331,3 +333,21 @@ def test_data_that_cannot_be_used_is_refused_with_its_row(make, dataset, tmp_pat
     missing = broken("missing", lambda table: table["label"].__setitem__(4, -1))
     with pytest.raises(ValueError, match="row 4 of split 'train' has the label -1, expected 0 to 2"):
         finetune_classification(make("run", dataset=missing))
+
+
+# ---- transformers' own Trainer
+
+
+def test_the_trainer_of_transformers_trains_our_heads(dataset, pretrained, tmp_path, monkeypatch, capsys):
+    JointMAEPointCloudProcessor.from_config(JointMAEConfig(**CONFIG)).save_pretrained(pretrained)
+    script = Path(__file__).parents[1] / "examples" / "finetune_with_trainer.py"
+    options = ["--epochs", "8", "--batch_size", "10", "--learning_rate", "5e-3"]
+    arguments = [pretrained, "--dataset", dataset, "--output_dir", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    state = json.loads((tmp_path / "checkpoint-48" / "trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert len(evaluations) == 8 and evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert evaluations[-1]["eval_accuracy"] > 60
+    assert JointMAEForPointCloudClassification.from_pretrained(tmp_path).config.id2label[1] == "disc"
+    assert JointMAEPointCloudProcessor.from_pretrained(tmp_path).num_points == 64
