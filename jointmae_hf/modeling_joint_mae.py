@@ -919,6 +919,7 @@ class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
         point_values: torch.FloatTensor,
         point_mask: torch.BoolTensor | None = None,
         labels: torch.Tensor | None = None,
+        encoder_outputs: JointMAEModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> JointMAEHeadOutput:
         r"""
@@ -928,8 +929,11 @@ class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
             point_mask (`torch.BoolTensor` of shape `(batch, num_points)`, *optional*): False marks padding.
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
                 Classes, or targets of regression or of multi-label classification (`config.problem_type`).
+            encoder_outputs (`JointMAEModelOutput`, *optional*): What the encoder made of these clouds, if it is known.
         """
-        outputs: JointMAEModelOutput = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
+        outputs = encoder_outputs
+        if outputs is None:
+            outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -995,6 +999,7 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
         point_mask: torch.BoolTensor | None = None,
         object_class: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        encoder_outputs: JointMAEModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> JointMAEHeadOutput:
         r"""
@@ -1005,8 +1010,11 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
             object_class (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Class of the object, if `config.num_object_classes` is not 0.
             labels (`torch.LongTensor` of shape `(batch, num_points)`, *optional*): Parts; -100 is ignored.
+            encoder_outputs (`JointMAEModelOutput`, *optional*): What the encoder made of these clouds, if it is known.
         """
-        outputs: JointMAEModelOutput = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
+        outputs = encoder_outputs
+        if outputs is None:
+            outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
         whole = outputs.pooler_output
         if self.config.num_object_classes > 0:
             if object_class is None:

@@ -6,8 +6,8 @@ Notable choices:
   generator is seeded anew at each step. A run that was killed and resumed ends in the same weights.
 - The last checkpoint is the result. The best one on a validation part of the training split is kept and measured too,
   under a name of its own; the test split is looked at once, after the last step.
-- On a CPU the threads work inside the operators, not on slices of a batch as in pre-training: batch normalisation
-  needs the batch in one piece, and dropout one order of random numbers.
+- On a CPU each thread encodes a slice of the batch, and the head gets it in one piece, for its batch normalisation and
+  dropout.
 """
 
 import json
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.utils import ModelOutput
 
 from .. import (
     JointMAEConfig,
@@ -68,6 +69,7 @@ from .pretraining import (
     step_seed,
     versions,
 )
+from .threads import EncoderThreads
 
 
 logger = logging.getLogger(__name__)
@@ -250,7 +252,19 @@ class FineTuner:
         if self.is_frozen:
             self.raw_model.joint_mae.requires_grad_(False)
         self.raw_optimizer = build_optimizer(self.raw_model, arguments.learning_rate, arguments.weight_decay, _BETAS)
+        self.threads = self._build_threads()
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
+
+    def _build_threads(self) -> EncoderThreads | None:
+        """Threads that share the encoder's batches on the CPU, where there are several and the model allows it."""
+        config, threads = self.config, torch.get_num_threads()
+        if self.accelerator.device.type != "cpu" or self.accelerator.num_processes > 1 or threads == 1:
+            return None
+        if not self.is_frozen and (config.drop_path_rate > 0 or config.attention_probs_dropout_prob > 0):
+            logger.info("Threads work inside operators: the encoder draws random numbers, in one order for a batch.")
+            return None
+        encoder = self.raw_model.joint_mae.train(not self.is_frozen)
+        return EncoderThreads(encoder, threads, self.accelerator.autocast)
 
     def _base_config(self, **fields: Any) -> JointMAEConfig:
         arguments = self.arguments
@@ -372,8 +386,13 @@ class FineTuner:
             batch, _ = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(self.model):
-                loss = self.model(**batch).loss
-                accelerator.backward(loss)
+                if self.threads is not None:
+                    loss = self.threads.backward(
+                        batch["point_values"], partial(self._head_loss, batch), 1 / accumulation
+                    )
+                else:
+                    loss = self.model(**batch).loss
+                    accelerator.backward(loss)
                 total += loss.detach().float() / accumulation
         trained = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
         grad_norm = accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or math.inf)
@@ -383,6 +402,10 @@ class FineTuner:
         values = torch.stack([total, grad_norm.detach().float().to(device), stop])
         loss, grad_norm, stop = accelerator.reduce(values, reduction="mean").tolist()
         return loss, grad_norm, stop > 0
+
+    def _head_loss(self, batch: dict[str, torch.Tensor], encoder_outputs: ModelOutput) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.raw_model(**batch, encoder_outputs=encoder_outputs).loss
 
     def _check_finite(self, step: int, loss: float, grad_norm: float):
         scales = self.accelerator.scaler is not None  # a scaler tries scales that are too large, and skips their steps
