@@ -28,7 +28,6 @@ from jointmae_hf.evaluation.classification import predict_logits
 from jointmae_hf.training import finetuning
 from jointmae_hf.training.finetuning import finetune_classification, finetune_segmentation
 from jointmae_hf.training.finetuning_arguments import ClassificationArguments, SegmentationArguments
-from jointmae_hf.training.threads import EncoderThreads
 
 
 CONFIG = {
@@ -276,28 +275,36 @@ def test_a_run_is_not_continued_with_other_arguments_or_weights(make, dataset, p
 
 
 @pytest.mark.parametrize(
-    "kind, finetune, head",
+    "tuner_class, kind, head",
     [
-        (ClassificationArguments, finetune_classification, {}),
-        (ClassificationArguments, finetune_classification, {"head": "mlp"}),
-        (SegmentationArguments, finetune_segmentation, {}),
+        (finetuning.ClassificationTuner, ClassificationArguments, {}),
+        (finetuning.ClassificationTuner, ClassificationArguments, {"head": "mlp"}),
+        (finetuning.SegmentationTuner, SegmentationArguments, {}),
     ],
 )
-def test_threads_that_share_a_batch_change_rounding_only(make, monkeypatch, tmp_path, kind, finetune, head):
-    calls = []
-    original = EncoderThreads.backward
-    monkeypatch.setattr(EncoderThreads, "backward", lambda self, *a: (calls.append(1), original(self, *a))[1])
-    options = {"config_overrides": "drop_path_rate=0.0", "max_steps": 4, "validation_fraction": 0.0, **head}
-    options |= {"batch_size": 15, "gradient_accumulation_steps": 1}  # slices of unequal size
-    finetune(make("one", kind, **options))
-    assert not calls
-    finetune(make("two", kind, num_threads=2, **options))
-    assert len(calls) == 4
-    found, wanted = weights(tmp_path / "two" / "seed-0"), weights(tmp_path / "one" / "seed-0")
-    for name in wanted:
-        if "classifier.hidden_layers" in name and name.endswith("bias"):
-            continue  # batch normalisation takes it away: its gradient is rounding, which AdamW blows up
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+def test_threads_that_share_a_batch_find_the_same_gradient(make, dataset, tuner_class, kind, head):
+    options = {"config_overrides": "drop_path_rate=0.0", "batch_size": 15, "num_threads": 2, **head}  # unequal slices
+    data = load_labelled_splits(dataset, ("train", "test"), part_column="part_labels")
+    tuner = tuner_class(make("run", kind, **options), 0, data)
+    tuner._train_mode()
+    batch, _ = next(tuner._batches())
+    losses, gradients = [], []
+    for shared in (True, False):
+        torch.manual_seed(0)
+        if shared:
+            loss = tuner.threads.backward(batch["point_values"], lambda outputs: tuner._head_loss(batch, outputs), 0.5)
+        else:
+            loss = tuner.raw_model(**batch).loss
+            (0.5 * loss).backward()
+        losses.append(loss.item())
+        named = tuner.raw_model.named_parameters()
+        gradients.append({name: parameter.grad for name, parameter in named if parameter.grad is not None})
+        tuner.optimizer.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(name.startswith("joint_mae.") for name in gradients[0]) == (not head)
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_an_encoder_that_draws_random_numbers_is_not_shared_by_threads(make, caplog):
