@@ -4,6 +4,8 @@
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain --from_scratch
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain --head linear
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain --train_fraction 0.1
+    accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain \\
+        --validation_fraction 0 --ways 5 --shots 10 --queries 10 --seeds 0 1 2 3 4 5 6 7 8 9
 
 Without `--dataset` it uses the data next to this script. `--help` lists all arguments.
 """

@@ -23,7 +23,7 @@ from jointmae_hf import (
 )
 from jointmae_hf.data.labelled import load_labelled_splits, stratified_rows, validation_rows
 from jointmae_hf.data.loading import fixed_subsample
-from jointmae_hf.evaluation import read_result, read_results
+from jointmae_hf.evaluation import draw_fold, read_result, read_results
 from jointmae_hf.evaluation.classification import predict_logits
 from jointmae_hf.training import finetuning
 from jointmae_hf.training.finetuning import finetune_classification, finetune_segmentation
@@ -325,6 +325,20 @@ def test_a_share_of_the_labels_takes_of_every_class_and_grows_with_the_share():
     kept, held_out = validation_rows(labels, 0.1, 0)
     assert np.bincount(labels[held_out], minlength=3).tolist() == [10, 1, 0]
     assert np.array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(len(labels)))
+
+
+def test_few_shot_folds_are_those_of_the_frozen_task(make, dataset, tmp_path):
+    fold = {"ways": 2, "shots": 5, "queries": 7, "validation_fraction": 0.0}
+    result = finetune_classification(make("run", seeds=[0, 1], max_steps=2, **fold))
+    assert result.task == "few_shot" and result.split_sizes == {"train": 10, "validation": 0, "test": 14, "classes": 2}
+    assert "2-way 5-shot, 7 test shapes a class" in result.protocol
+    train, test = load_labelled_splits(dataset, ("train", "test"))
+    for seed in (0, 1):
+        drawn = draw_fold(train.labels, test.labels, 2, 5, 7, seed)
+        model = JointMAEForPointCloudClassification.from_pretrained(tmp_path / "run" / f"seed-{seed}")
+        assert set(model.config.id2label.values()) == {train.class_names[label] for label in drawn.classes}
+    with pytest.raises(ValueError, match="`validation_fraction` is 0.1, expected 0 with `ways`"):
+        make("other", **{**fold, "validation_fraction": 0.1})
 
 
 def test_few_labels_make_smaller_batches(make, caplog):

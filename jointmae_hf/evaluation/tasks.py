@@ -173,9 +173,9 @@ def evaluate_few_shot(arguments: FewShotArguments) -> TaskResult:
     """
 
     def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
-        train_features, test_features = task.features(arguments.point_seed)
         train, test = task.train.labels, task.test.labels
         fold = draw_fold(train, test, arguments.ways, arguments.shots, arguments.queries, seed)
+        train_features, test_features = task.features(arguments.point_seed)
         support, queries = (train_features[fold.support], train[fold.support]), test_features[fold.queries]
         task.split_sizes |= {"train": len(fold.support), "test": len(fold.queries)}
         if arguments.baseline == "random_forest":

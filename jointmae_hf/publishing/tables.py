@@ -87,6 +87,8 @@ def task_name(result: TaskResult) -> str:
     settings, parts = result.settings, [TASK_NAMES[result.task]]
     if result.task == "few_shot":
         parts.append(f"{settings['ways']}-way {settings['shots']}-shot")
+        if "head" in settings:
+            parts.append("fine-tuned")
     if result.task == "retrieval" and settings["gallery"] == "train":
         parts.append("in the training split")
     if settings.get("head", "full") != "full":

@@ -42,6 +42,7 @@ from ..data.collation import EpochBatches
 from ..data.labelled import LabelledClouds, load_labelled_splits, stratified_rows, validation_rows
 from ..data.loading import fixed_subsample
 from ..evaluation.classification import predict_logits, vote
+from ..evaluation.few_shot import draw_fold
 from ..evaluation.linear_svm import accuracies
 from ..evaluation.results import TASKS, TaskResult, provenance, summarize_runs, weights_digest, write_result
 from ..evaluation.segmentation import class_parts, segment_clouds, segmentation_metrics
@@ -527,7 +528,9 @@ class FineTuner:
             "best": self.best,
             "steps": self.step,
             "batch_size": self.batch_size,
+            "num_points": self.num_points,
             "split_sizes": self.split_sizes,
+            "classes": len(self.all_train.class_names),
             "initial_weights": self.initial_weights,
             "final_weights": weights_digest(self.raw_model),
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
@@ -624,13 +627,17 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
     columns = (arguments.points_column, arguments.label_column, getattr(arguments, "part_column", None))
     with accelerator.main_process_first():  # one process fills the cache of `datasets`
         data = load_labelled_splits(arguments.dataset, splits, *columns, arguments.dataset_config_name)
-    runs = [tuner_class(arguments, seed, data).run() for seed in arguments.seeds]
+    is_few_shot = getattr(arguments, "ways", 0) > 0
+    runs = []
+    for seed in arguments.seeds:
+        shapes = _fold(arguments, data, seed) if is_few_shot else data
+        runs.append(tuner_class(arguments, seed, shapes).run())
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
     weights = {run["initial_weights"] for run in runs}
     result = TaskResult(
-        task=tuner_class.task,
+        task="few_shot" if is_few_shot else tuner_class.task,
         model={
             "name": arguments.model_name_or_path or arguments.preset,
             "initialization": "from_scratch" if arguments.from_scratch else "pretrained",
@@ -643,7 +650,7 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
             "config_name": arguments.dataset_config_name,
             "splits": {name: part.fingerprint() for name, part in zip(splits, data, strict=True)},
         },
-        split_sizes={**runs[0]["split_sizes"], "classes": len(data[0].class_names)},
+        split_sizes={**runs[0]["split_sizes"], "classes": runs[0]["classes"]},
         seeds=arguments.seeds,
         metrics=summarize_runs([run["metrics"] for run in runs]),
         protocol=_protocol(arguments, runs[0]),
@@ -652,6 +659,7 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
             "adam_betas": list(_BETAS),
             "steps": runs[0]["steps"],
             "batch_size_used": runs[0]["batch_size"],
+            "num_points_used": runs[0]["num_points"],
             "trained_parameters": runs[0]["trained_parameters"],
             "num_processes": accelerator.num_processes,
             "best_steps": [run["best"] and run["best"]["step"] for run in runs],
@@ -666,6 +674,20 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
     return result
 
 
+def _fold(
+    arguments: ClassificationArguments, data: tuple[LabelledClouds, LabelledClouds], seed: int
+) -> tuple[LabelledClouds, LabelledClouds]:
+    """The shapes of a few-shot fold, with its classes counted from 0."""
+    train, test = data
+    fold = draw_fold(train.labels, test.labels, arguments.ways, arguments.shots, arguments.queries, seed)
+    classes = np.sort(fold.classes)
+    parts = train.select(fold.support), test.select(fold.queries)
+    for part in parts:
+        part.labels = np.searchsorted(classes, part.labels)
+        part.class_names = [train.class_names[label] for label in classes]
+    return parts
+
+
 def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
     """What was done, in words."""
     what = {"full": "all weights", "linear": "linear head, encoder frozen", "mlp": "MLP head, encoder frozen"}
@@ -673,9 +695,12 @@ def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
         f"fine-tuned ({what[getattr(arguments, 'head', 'full')]})",
         f"{run['steps']:,} steps of {run['batch_size']} shapes ({arguments.augmentation})",
         f"AdamW, learning rate {arguments.learning_rate:g}, weight decay {arguments.weight_decay:g}",
-        f"{arguments.num_points if not hasattr(arguments, 'part_column') else 'up to 2,048'} points",
+        f"{run['num_points']:,} points",
         "last step reported",
     ]
+    if getattr(arguments, "ways", 0):
+        fold = f"{arguments.ways}-way {arguments.shots}-shot, {arguments.queries} test shapes a class, one fold a seed"
+        words.insert(0, fold)
     if arguments.train_fraction < 1:
         words.append(f"{100 * arguments.train_fraction:g} % of the training labels")
     if arguments.choose_on_test:

@@ -130,6 +130,11 @@ class ClassificationArguments(FineTuningArguments):
     head: Literal["full", "linear", "mlp"] = _argument(
         "full", "What learns: the whole network under an MLP head, or a linear or MLP head on the frozen encoder."
     )
+    ways: int = _argument(
+        0, "Few-shot: classes of a fold, one fold a seed; needs --validation_fraction 0. 0: all shapes."
+    )
+    shots: int = _argument(10, "Few-shot: labelled shapes of each class, from the training split.")
+    queries: int = _argument(20, "Few-shot: shapes of each class to be recognised, from the test split.")
     voting: int = _argument(0, "Augmented looks at each test shape, reported apart as `accuracy_voted`; 0: none.")
     output_dir: str = _argument(
         "outputs/finetune_classification", "Folder for result.json, and seed-N with model, best and log.jsonl."
@@ -138,6 +143,13 @@ class ClassificationArguments(FineTuningArguments):
     def __post_init__(self):
         super().__post_init__()
         self._require("voting", self.voting >= 0, "0 or more")
+        self._require("ways", self.ways == 0 or self.ways > 1, "2 or more, or 0 for all shapes")
+        for name in ("shots", "queries"):
+            self._require(name, getattr(self, name) > 0, "more than 0")
+        all_shots = self.ways == 0 or (self.validation_fraction == 0 and self.train_fraction == 1)
+        self._require(
+            "validation_fraction", all_shots, "0 with `ways`, and all of `train_fraction`: no shot is spared"
+        )
         pretrained = not (self.from_scratch and self.head != "full")
         self._require("head", pretrained, "'full' with `from_scratch`: a frozen encoder must have learned something")
 
