@@ -79,7 +79,9 @@ def trained(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     JointMAEForPreTraining(config).save_pretrained(folder)
     JointMAEPointCloudProcessor.from_config(config).save_pretrained(folder)
-    (folder / "log.jsonl").write_text("{}\n")
+    (folder / "log.jsonl").write_text(
+        '{"step": 10, "loss": 2.0, "loss_3d": 1.0}\n{"step": 20, "loss": 1.0, "loss_3d": 0.5}\n'
+    )
     (folder / "reconstructions.png").write_bytes(b"\x89PNG")
     return folder
 
@@ -147,7 +149,7 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
     options = {"repo_id": "org/tiny", "license": "apache-2.0", "training": training, "notes": notes}
     folder = build_model_folder(trained, tmp_path / "tiny", results=results, **options)
     check_model_folder(folder)
-    assert not (folder / "log.jsonl").exists()
+    assert not (folder / "log.jsonl").exists() and (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     card = ModelCard.load(folder / "README.md")
     found = {(entry.task_name, entry.metric_value) for entry in card.data.eval_results}
@@ -157,7 +159,14 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
         ("few-shot, 10-way 10-shot", 60.0),
     }
     assert (card.data.model_name, card.data.license, card.data.library_name) == ("tiny", "apache-2.0", "transformers")
-    for expected in ("51.0 ± 1.4 (2) | 40.0", "28,800", "None known.", "reconstructions.png", "--seeds 0 1`"):
+    for expected in (
+        "51.0 ± 1.4 (2) | 40.0",
+        "28,800",
+        "None known.",
+        "(reconstructions.png)",
+        "(losses.png)",
+        "--seeds 0 1`",
+    ):
         assert expected in card.text
 
 

@@ -13,6 +13,7 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def provenance(device: torch.device, seconds: float) -> dict[str, Any]:
     return {
         "command": command_line(),
         "git_commit": git_commit(),
-        "versions": versions(),
+        "versions": versions() | {"scikit-learn": version("scikit-learn")},
         "device": device_name(device),
         "seconds": round(seconds, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

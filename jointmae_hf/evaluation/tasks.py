@@ -177,10 +177,12 @@ def evaluate_few_shot(arguments: FewShotArguments) -> TaskResult:
         fold = draw_fold(train, test, arguments.ways, arguments.shots, arguments.queries, seed)
         train_features, test_features = task.features(arguments.point_seed)
         support, queries = (train_features[fold.support], train[fold.support]), test_features[fold.queries]
-        task.split_sizes |= {"train": len(fold.support), "test": len(fold.queries)}
+        task.split_sizes = {"train": len(fold.support), "test": len(fold.queries), "classes": arguments.ways}
         if arguments.baseline == "random_forest":
-            return accuracies(random_forest(*support, queries, seed), test[fold.queries])
-        return linear_svm(*support, queries, test[fold.queries])
+            metrics = accuracies(random_forest(*support, queries, seed), test[fold.queries])
+        else:
+            metrics = linear_svm(*support, queries, test[fold.queries])
+        return {"accuracy": metrics["accuracy"]}  # all classes have the same number of queries
 
     forest = "random forest of 500 trees on shape histograms"
     learner = (

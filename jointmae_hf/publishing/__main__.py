@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from ..evaluation.results import ResultError, read_results
-from ..training.checkpoints import replace_file
 from .cards import build_model_folder
 from .hub import PublishingError
 from .tables import commands_table, results_table, rewrite_block
@@ -51,6 +50,8 @@ def main(arguments: list[str] | None = None):
     content = results_table(results, options["headlines"])
     if options["commands"]:
         content += "\n\n" + commands_table(results)
+    from ..training.checkpoints import replace_file
+
     file = options["file"]
     replace_file(file, rewrite_block(file.read_text(encoding="utf-8"), options["name"], content))
 

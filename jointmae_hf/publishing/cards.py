@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,32 @@ def build_model_folder(source: str | Path, output: str | Path, **card: Any) -> P
     """
     source, output = Path(source), Path(output)
     files = [file for pattern in (*MODEL_FILES, PICTURES) for file in sorted(source.glob(pattern))]
-    text = str(model_card(source, **card))
-    output.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        shutil.copyfile(file, output / file.name)
-    (output / "README.md").write_text(text, encoding="utf-8")
+    log = source / "log.jsonl"
+    with tempfile.TemporaryDirectory() as staging:
+        for file in files:
+            shutil.copyfile(file, Path(staging) / file.name)
+        if log.exists():
+            draw_losses(log, Path(staging) / "losses.png")
+        text = str(model_card(staging, **card))
+        (Path(staging) / "README.md").write_text(text, encoding="utf-8")
+        shutil.copytree(staging, output, dirs_exist_ok=True)
     return output
+
+
+def draw_losses(log: str | Path, path: str | Path):
+    """Draws every loss in the log of a run against the steps, on a logarithmic axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if "loss" in record]
+    figure = Figure(figsize=(6.4, 3.2), layout="tight")
+    axis = FigureCanvasAgg(figure).figure.subplots()
+    for name in [key for key in (records[0] if records else {}) if key.startswith("loss")]:
+        axis.plot([record["step"] for record in records], [record[name] for record in records], label=name)
+    axis.set(xlabel="step", yscale="log")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
 
 
 def model_card(
