@@ -99,6 +99,7 @@ class JointMAEConfig(PreTrainedConfig):
         cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
+        classifier_num_layers (`int`, defaults to 3): Layers of the classification head [relative]; 1 is a linear one.
         num_object_classes (`int`, defaults to 0):
             Object classes that part segmentation is told; 0 when it is told none.
 
@@ -155,6 +156,7 @@ class JointMAEConfig(PreTrainedConfig):
     cross_loss_weight: float | int = 0.2
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5
+    classifier_num_layers: int = 3
     num_object_classes: int = 0
 
     def __post_init__(self, **kwargs):
@@ -218,6 +220,7 @@ class JointMAEConfig(PreTrainedConfig):
             "decoder_intermediate_size",
             "num_target_points",
             "classifier_hidden_size",
+            "classifier_num_layers",
         ):
             self._require(name, getattr(self, name) > 0, "a positive integer")
         for name in (

@@ -853,18 +853,17 @@ class JointMAEClassificationHead(nn.Module):
 
     def __init__(self, config: JointMAEConfig):
         super().__init__()
-        width = config.classifier_hidden_size
-        self.fc1 = nn.Linear(2 * config.hidden_size, width)
-        self.norm1 = nn.BatchNorm1d(width)
-        self.fc2 = nn.Linear(width, width)
-        self.norm2 = nn.BatchNorm1d(width)
+        num_hidden, width = config.classifier_num_layers - 1, config.classifier_hidden_size
+        sizes = [2 * config.hidden_size] + [width] * num_hidden
+        self.hidden_layers = nn.ModuleList([nn.Linear(size, width) for size in sizes[:-1]])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for _ in range(num_hidden)])
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(width, config.num_labels)
+        self.out_proj = nn.Linear(sizes[-1], config.num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.dropout(nn.functional.relu(self.norm1(self.fc1(features))))
-        hidden = self.dropout(nn.functional.relu(self.norm2(self.fc2(hidden))))
-        return self.out_proj(hidden)
+        for layer, norm in zip(self.hidden_layers, self.norms, strict=True):
+            features = self.dropout(nn.functional.relu(norm(layer(features))))
+        return self.out_proj(features)
 
 
 class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
@@ -886,6 +885,7 @@ class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
         point_values: torch.FloatTensor,
         point_mask: torch.BoolTensor | None = None,
         labels: torch.Tensor | None = None,
+        encoder_outputs: JointMAEModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> JointMAEHeadOutput:
         r"""
@@ -895,8 +895,11 @@ class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
             point_mask (`torch.BoolTensor` of shape `(batch, num_points)`, *optional*): False marks padding.
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
                 Classes, or targets of regression or of multi-label classification (`config.problem_type`).
+            encoder_outputs (`JointMAEModelOutput`, *optional*): What the encoder made of these clouds, if it is known.
         """
-        outputs: JointMAEModelOutput = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
+        outputs = encoder_outputs
+        if outputs is None:
+            outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -962,6 +965,7 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
         point_mask: torch.BoolTensor | None = None,
         object_class: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        encoder_outputs: JointMAEModelOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> JointMAEHeadOutput:
         r"""
@@ -972,8 +976,11 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
             object_class (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Class of the object, if `config.num_object_classes` is not 0.
             labels (`torch.LongTensor` of shape `(batch, num_points)`, *optional*): Parts; -100 is ignored.
+            encoder_outputs (`JointMAEModelOutput`, *optional*): What the encoder made of these clouds, if it is known.
         """
-        outputs: JointMAEModelOutput = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
+        outputs = encoder_outputs
+        if outputs is None:
+            outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
         whole = outputs.pooler_output
         if self.config.num_object_classes > 0:
             if object_class is None:

@@ -695,6 +695,7 @@ def test_configuration_survives_json(tmp_path):
         ("pixel_loss_weight", -1.0, "0 or more"),
         ("cross_loss_weight", -1.0, "0 or more"),
         ("classifier_hidden_size", 0, "a positive integer"),
+        ("classifier_num_layers", 0, "a positive integer"),
         ("num_object_classes", -1, "0 or more"),
     ],
 )

@@ -140,25 +140,40 @@ def load_point_table(
     Raises:
         ValueError: as [`load_point_clouds`], or if the labels are not integers.
     """
-    import datasets
-
     rows = load_point_dataset(dataset, split, config_name=config_name)
     clouds = load_point_clouds(rows, points_column)
+    labels = class_names = None
+    if label_column in rows.column_names:
+        labels, class_names = read_labels(rows, label_column)
+    return PointTable(fixed_subsample(clouds, num_points, seed), labels, class_names)
+
+
+def fixed_subsample(clouds: PointClouds, num_points: int, seed: int = 0) -> np.ndarray:
+    """A subsample of each cloud that is fixed by the seed, normalised: float32 `(clouds, num_points, 3)`."""
     points = np.empty((len(clouds), num_points, 3), dtype=np.float32)
     for index in range(len(clouds)):
         generator = counter_generator(seed, FIXED_SUBSAMPLE, 0, index)
         points[index] = clouds[index][subsample(generator, len(clouds[index]), num_points)]
-    labels = class_names = None
-    if label_column in rows.column_names:
-        feature = rows.features[label_column]
-        class_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        labels = np.asarray(rows.with_format("numpy")[label_column][:])
-        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-            raise ValueError(
-                f"column {label_column!r} holds {feature}, expected classes; see `Dataset.class_encode_column`."
-            )
-        labels = labels.astype(np.int64)
-    return PointTable(normalize_clouds(points), labels, class_names)
+    return normalize_clouds(points)
+
+
+def read_labels(rows: "datasets.Dataset", label_column: str) -> tuple[np.ndarray, list[str] | None]:
+    """
+    The classes of a data set, int64 `(rows,)`, and their names if the column is a `ClassLabel`.
+
+    Raises:
+        ValueError: if the labels are not integers.
+    """
+    import datasets
+
+    feature = rows.features[label_column]
+    class_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    labels = np.asarray(rows.with_format("numpy")[label_column][:])
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise ValueError(
+            f"column {label_column!r} holds {feature}, expected classes; see `Dataset.class_encode_column`."
+        )
+    return labels.astype(np.int64), class_names
 
 
 def check_column(dataset: Any, points_column: str):

@@ -41,6 +41,11 @@ def linear_svm(
     deviation = np.where(deviation > 0, deviation, 1.0)
     classifier = SVC(kernel="linear", C=C)
     classifier.fit((train_features - mean) / deviation, train_labels)
-    right = classifier.predict((test_features - mean) / deviation) == test_labels
-    by_class = [right[test_labels == label].mean() for label in np.unique(test_labels)]
+    return accuracies(classifier.predict((test_features - mean) / deviation), test_labels)
+
+
+def accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`accuracy` and `mean_class_accuracy` in percent; integers `(clouds,)`."""
+    right = predicted == labels
+    by_class = [right[labels == label].mean() for label in np.unique(labels)]
     return {"accuracy": 100 * float(right.mean()), "mean_class_accuracy": 100 * float(np.mean(by_class))}

@@ -217,6 +217,8 @@ def load_weights(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         raise CheckpointError(f"{path / OPTIMIZER} cannot be loaded: {error}") from error
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{name}.{key}" not in tensors:
                 raise CheckpointError(f"{path / OPTIMIZER} lacks {name}.{key}.")

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 
 class ReplicaThreads:
@@ -57,12 +58,16 @@ class ReplicaThreads:
             for i, replica in enumerate(self.replicas)
         ]
         values = torch.stack([done.result() for done in work]).mean(0)
+        self._gather_gradients()
+        return values
+
+    def _gather_gradients(self):
+        """Moves the gradients of the replicas to the model, where they add up."""
         for shared, *own in zip(*(module.parameters() for module in [self.model, *self.replicas]), strict=True):
             for parameter in own:
                 if parameter.grad is not None:
                     shared.grad = parameter.grad if shared.grad is None else shared.grad.add_(parameter.grad)
                     parameter.grad = None
-        return values
 
     def _backward(
         self, replica: nn.Module, batch: dict[str, torch.Tensor], terms: list[str], scale: float
@@ -71,3 +76,45 @@ class ReplicaThreads:
             outputs = replica(**batch)
         (outputs.loss * scale).backward()
         return torch.stack([outputs[name].detach().float() for name in terms])
+
+
+class EncoderThreads(ReplicaThreads):
+    """
+    Threads that run the encoder over slices of a batch, under a head that gets the batch in one piece.
+
+    Batch normalisation and dropout of a head need all of the batch and one order of random numbers; the encoder, where
+    nearly all the time goes, needs neither.
+    """
+
+    def backward(
+        self, points: torch.Tensor, head_loss: Callable[[ModelOutput], torch.Tensor], scale: float = 1.0
+    ) -> torch.Tensor:
+        """
+        Adds the gradient of a loss of the encoder's output to that of encoder and head.
+
+        Args:
+            points: `(batch, num_points, 3)`.
+            head_loss: the loss, given the encoder's output for all of them.
+            scale: multiplies the loss.
+
+        Returns:
+            The loss, detached, not scaled.
+        """
+        parts = list(self.executor.map(self._encode, self.replicas, points.chunk(len(self.replicas))))
+        whole = {}
+        for name, tensor in parts[0].items():
+            whole[name] = torch.cat([part[name].detach() for part in parts]).requires_grad_(tensor.requires_grad)
+        loss = head_loss(type(parts[0])(**whole))
+        (loss * scale).backward()
+        used = [name for name, tensor in whole.items() if tensor.grad is not None]
+        if used:
+            sizes = [len(next(iter(part.values()))) for part in parts]
+            gradients = zip(*(whole[name].grad.split(sizes) for name in used), strict=True)
+            roots = [[part[name] for name in used] for part in parts]
+            list(self.executor.map(torch.autograd.backward, roots, gradients))
+            self._gather_gradients()
+        return loss.detach()
+
+    def _encode(self, replica: nn.Module, points: torch.Tensor) -> ModelOutput:
+        with self.context():
+            return replica(points)

@@ -1,0 +1,363 @@
+"""The tasks on frozen features: linear SVM, few-shot classification and retrieval, each from arguments to a result.
+
+Features are extracted once for each subsample and never again. The random forest on shape histograms goes through the
+same code, on descriptors in place of features, so that it sees the same shapes.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .. import JointMAEConfig, JointMAEModel
+from ..data.labelled import LabelledClouds, load_labelled_splits, stratified_rows, validation_rows
+from ..data.loading import fixed_subsample
+from .features import extract_features
+from .few_shot import draw_fold
+from .histograms import random_forest, shape_histograms
+from .linear_svm import accuracies, linear_svm
+from .results import TaskResult, provenance, summarize_runs, weights_digest, write_result
+from .retrieval import retrieval_metrics
+
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION_FRACTION = 0.2
+
+
+def _argument(default: Any, description: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": description})
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass
+class FrozenTaskArguments:
+    """
+    What all tasks on frozen features share; the help of each field is its documentation.
+
+    Raises:
+        ValueError: if a value is out of range or two arguments contradict each other; the message names them.
+    """
+
+    dataset: str | None = _argument(
+        None, "Name on the Hub, local folder or parquet files (default: the embedded data)."
+    )
+    dataset_config_name: str | None = _argument(None, "Configuration of a Hub data set that has several.")
+    train_split: str = _argument("train", "Split to learn from, in the syntax of `datasets`.")
+    test_split: str = _argument("test", "Split to measure on.")
+    points_column: str = _argument("points", "Column of clouds: (n, 3) each, n any number.")
+    label_column: str = _argument("label", "Column of classes: ClassLabel or integers.")
+    num_points: int = _argument(1024, "Points of a cloud that are used, drawn by the seed.")
+    model_name_or_path: str | None = _argument(None, "Pre-trained model: folder or name on the Hub.")
+    untrained: bool = _argument(False, "The same network with random weights, or --preset if no model is named.")
+    preset: str = _argument("tiny", "Size of an untrained network: tiny, small or base.")
+    seeds: list[int] = _argument(
+        [0], "Seeds of the subsamples and of untrained weights; one value of the metric each."
+    )
+    batch_size: int = _argument(64, "Clouds at a time in the network.")
+    device: str | None = _argument(
+        None, "Where the network runs, such as cpu or cuda (default: a GPU if there is one)."
+    )
+    output: str | None = _argument(None, "File of the result (default: outputs/TASK/result.json).")
+
+    def __post_init__(self):
+        for name in ("num_points", "batch_size"):
+            self._require(name, getattr(self, name) > 0, "more than 0")
+        valid = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0
+        self._require("seeds", valid, "distinct numbers, 0 or more")
+        self._require("dataset", self.dataset is not None, "a name on the Hub, a folder or a parquet file")
+        named = self.model_name_or_path is not None or self.untrained or getattr(self, "baseline", "none") != "none"
+        self._require("model_name_or_path", named, "a model, or --untrained")
+
+    def _require(self, name: str, condition: Any, expected: str):
+        if not condition:
+            raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected {expected}.")
+
+
+@dataclass
+class LinearSvmArguments(FrozenTaskArguments):
+    """Arguments of [`evaluate_linear_svm`]."""
+
+    baseline: Literal["none", "random_forest"] = _argument("none", "A random forest on shape histograms, no network.")
+    train_fraction: float = _argument(1.0, "Share of the training shapes of each class, at least one, by the seed.")
+    C: list[float] = _argument([0.01], "C of the SVM. Several: the best on a fifth of the training split is taken.")
+    choose_on_test: bool = _argument(False, "Take the best of several C on the test split, and label the result so.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require("C", self.C and min(self.C) > 0, "positive numbers")
+        self._require("choose_on_test", len(self.C) > 1 or not self.choose_on_test, "false with a single `C`")
+        self._require("train_fraction", 0 < self.train_fraction <= 1, "in (0, 1]")
+
+
+@dataclass
+class FewShotArguments(FrozenTaskArguments):
+    """Arguments of [`evaluate_few_shot`]."""
+
+    seeds: list[int] = _argument(list(range(10)), "Seeds of the folds; one fold each.")
+    ways: int = _argument(5, "Classes of a fold.")
+    shots: int = _argument(10, "Labelled shapes of each class, from the training split.")
+    queries: int = _argument(20, "Shapes of each class to be recognised, from the test split.")
+    point_seed: int = _argument(0, "Seed of the subsample of points, and of untrained weights.")
+    baseline: Literal["none", "random_forest"] = _argument("none", "A random forest on shape histograms, no network.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require("ways", self.ways > 1, "2 or more")
+        for name in ("shots", "queries"):
+            self._require(name, getattr(self, name) > 0, "more than 0")
+
+
+@dataclass
+class RetrievalArguments(FrozenTaskArguments):
+    """Arguments of [`evaluate_retrieval`]."""
+
+    gallery: Literal["test", "train"] = _argument(
+        "test", "What is searched for each shape of the test split: the rest of that split, or the training split."
+    )
+
+
+def evaluate_linear_svm(arguments: LinearSvmArguments) -> TaskResult:
+    """
+    Linear SVM on frozen features, or the random forest on shape histograms.
+
+    Raises:
+        ValueError: for arguments or data that cannot be used.
+    """
+
+    def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
+        train, test = task.train, task.test
+        train_features, test_features = task.features(seed)
+        rows = stratified_rows(train.labels, arguments.train_fraction, seed)
+        train_features, labels = train_features[rows], train.labels[rows]
+        task.split_sizes["train"] = len(rows)
+        if arguments.baseline == "random_forest":
+            return accuracies(random_forest(train_features, labels, test_features, seed), test.labels)
+        if arguments.choose_on_test:
+            runs = [linear_svm(train_features, labels, test_features, test.labels, C) for C in arguments.C]
+            best = max(range(len(runs)), key=lambda index: runs[index]["accuracy"])
+            task.chosen.append(arguments.C[best])
+            return runs[best]
+        C = arguments.C[0] if len(arguments.C) == 1 else _choose_C(train_features, labels, arguments.C, seed)
+        task.chosen.append(C)
+        return linear_svm(train_features, labels, test_features, test.labels, C)
+
+    if arguments.baseline == "random_forest":
+        protocol = "random forest of 500 trees on shape histograms, fixed beforehand"
+    else:
+        protocol = "frozen encoder, 3D alone, no augmentation, standardised features, linear SVM, last checkpoint, "
+        protocol += "C fixed beforehand"
+        if len(arguments.C) > 1:
+            protocol = protocol.replace("fixed beforehand", "chosen on a fifth of the training split")
+    if arguments.choose_on_test:
+        protocol = protocol.replace("a fifth of the training split", "THE TEST SPLIT")
+    if arguments.train_fraction < 1:
+        protocol += f"; {100 * arguments.train_fraction:g} % of the training labels"
+    return _FrozenTask("linear_svm", arguments).run(measure, protocol)
+
+
+def evaluate_few_shot(arguments: FewShotArguments) -> TaskResult:
+    """
+    K-way N-shot classification by a linear SVM on frozen features, one fold for each seed.
+
+    Raises:
+        ValueError: for arguments or data that cannot be used, also if too few classes are large enough.
+    """
+
+    def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
+        train, test = task.train.labels, task.test.labels
+        fold = draw_fold(train, test, arguments.ways, arguments.shots, arguments.queries, seed)
+        train_features, test_features = task.features(arguments.point_seed)
+        support, queries = (train_features[fold.support], train[fold.support]), test_features[fold.queries]
+        task.split_sizes = {"train": len(fold.support), "test": len(fold.queries), "classes": arguments.ways}
+        if arguments.baseline == "random_forest":
+            metrics = accuracies(random_forest(*support, queries, seed), test[fold.queries])
+        else:
+            metrics = linear_svm(*support, queries, test[fold.queries])
+        return {"accuracy": metrics["accuracy"]}  # all classes have the same number of queries
+
+    forest = "random forest of 500 trees on shape histograms"
+    learner = (
+        forest if arguments.baseline == "random_forest" else "frozen encoder, standardised features, SVM, C = 0.01"
+    )
+    protocol = (
+        f"{arguments.ways}-way {arguments.shots}-shot, {arguments.queries} test shapes a class, one fold a seed: "
+        f"{learner}; fixed beforehand"
+    )
+    return _FrozenTask("few_shot", arguments).run(measure, protocol)
+
+
+def evaluate_retrieval(arguments: RetrievalArguments) -> TaskResult:
+    """
+    Shape retrieval by cosine similarity of frozen features.
+
+    Raises:
+        ValueError: for arguments or data that cannot be used.
+    """
+
+    def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
+        train_features, test_features = task.features(seed)
+        mean, deviation = train_features.mean(0), np.maximum(train_features.std(0), 1e-9)
+        train_features, test_features = (train_features - mean) / deviation, (test_features - mean) / deviation
+        gallery = (train_features, task.train.labels) if arguments.gallery == "train" else ()
+        metrics = retrieval_metrics(test_features, task.test.labels, *gallery)
+        task.split_sizes["queries"] = metrics.pop("queries")
+        return metrics
+
+    searched = "the rest of the test split" if arguments.gallery == "test" else "the training split"
+    protocol = (
+        "frozen encoder, 3D alone, features standardised with the training split (labels unused), cosine similarity; "
+        f"each test shape searches {searched}"
+    )
+    return _FrozenTask("retrieval", arguments).run(measure, protocol)
+
+
+class _FrozenTask:
+    """Data, network and features of a task, and the loop over its seeds."""
+
+    def __init__(self, name: str, arguments: FrozenTaskArguments):
+        self.name = name
+        self.arguments = arguments
+        self.started = time.perf_counter()
+        self.train, self.test = load_labelled_splits(
+            arguments.dataset,
+            (arguments.train_split, arguments.test_split),
+            arguments.points_column,
+            arguments.label_column,
+            config_name=arguments.dataset_config_name,
+        )
+        self.split_sizes = {"train": len(self.train), "test": len(self.test), "classes": len(self.train.class_names)}
+        self.is_forest = getattr(arguments, "baseline", "none") == "random_forest"
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cpu" if self.is_forest else device)
+        self.chosen: list[float] = []
+        self._features: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
+
+    def run(self, measure: Callable[["_FrozenTask", int], dict[str, float]], protocol: str) -> TaskResult:
+        """Measures each seed and writes the result."""
+        arguments = self.arguments
+        seeds = self._distinct_seeds()
+        runs = []
+        for seed in tqdm(seeds, desc=self.name, unit="seed", leave=False):
+            runs.append(measure(self, seed))
+        settings = asdict(arguments) | {"seeds": seeds}
+        if self.chosen:
+            settings["C_used"] = self.chosen
+        result = TaskResult(
+            task=self.name,
+            model=self._describe_model(),
+            dataset={
+                "name": arguments.dataset,
+                "config_name": arguments.dataset_config_name,
+                "splits": {
+                    arguments.train_split: self.train.fingerprint(),
+                    arguments.test_split: self.test.fingerprint(),
+                },
+            },
+            split_sizes=self.split_sizes,
+            seeds=seeds,
+            metrics=summarize_runs(runs),
+            protocol=protocol,
+            settings=settings,
+            chosen_on_test=getattr(arguments, "choose_on_test", False),
+            **provenance(self.device, time.perf_counter() - self.started),
+        )
+        output = Path(arguments.output or f"outputs/{self.name}/result.json")
+        write_result(result, output)
+        logger.info("The result is in %s.", output)
+        return result
+
+    def features(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features of both splits: of the network, or the histograms. Those of the last seed are kept."""
+        if self._features is None or self._features[0] != seed:
+            self._features = (seed, (self._extract(self.train, seed), self._extract(self.test, seed)))
+        return self._features[1]
+
+    def _extract(self, split: LabelledClouds, seed: int) -> np.ndarray:
+        points = fixed_subsample(split.clouds, self.arguments.num_points, seed)
+        if self.is_forest:
+            return shape_histograms(points, seed)
+        return extract_features(self._encoder(seed), points, batch_size=self.arguments.batch_size)
+
+    def _encoder(self, seed: int) -> PreTrainedModel:
+        """The network; an untrained one anew for each seed."""
+        if not hasattr(self, "encoder") or (self.arguments.untrained and self.encoder_seed != seed):
+            self.encoder = load_encoder(
+                self.arguments.model_name_or_path, self.arguments.untrained, seed, self.arguments.preset
+            ).to(self.device)
+            self.encoder_seed = seed
+        return self.encoder
+
+    def _describe_model(self) -> dict[str, Any]:
+        arguments = self.arguments
+        if self.is_forest:
+            name = "random forest on shape histograms"
+            return {"name": name, "initialization": "random_forest", "parameters": 0, "weights": None}
+        return {
+            "name": arguments.model_name_or_path or arguments.preset,
+            "initialization": "untrained" if arguments.untrained else "pretrained",
+            "parameters": encoder_parameters(self.encoder),
+            "weights": None if arguments.untrained else weights_digest(self.encoder),
+        }
+
+    def _distinct_seeds(self) -> list[int]:
+        """The seeds that can make a difference: repeating the same number would pass for a deviation of 0."""
+        arguments = self.arguments
+        sizes = np.concatenate([np.diff(split.clouds.offsets) for split in (self.train, self.test)])
+        fixed = not (arguments.untrained or self.is_forest or self.name == "few_shot") and (
+            getattr(arguments, "train_fraction", 1.0) == 1.0 and len(getattr(arguments, "C", [0])) == 1
+        )
+        if fixed and len(arguments.seeds) > 1 and (sizes == arguments.num_points).all():
+            logger.warning(
+                "All clouds have exactly %d points, so every seed would give the same result: only seed %d is run.",
+                arguments.num_points,
+                arguments.seeds[0],
+            )
+            return arguments.seeds[:1]
+        return arguments.seeds
+
+
+def load_encoder(
+    model_name_or_path: str | None, untrained: bool = False, seed: int = 0, preset: str = "tiny"
+) -> PreTrainedModel:
+    """
+    A frozen encoder.
+
+    Args:
+        model_name_or_path: any Joint-MAE model, by folder or name on the Hub.
+        untrained: whether to leave its weights and take those that pre-training would start from.
+        seed: decides untrained weights.
+        preset: size of an untrained network if no model is named.
+    """
+    if not untrained:
+        return JointMAEModel.from_pretrained(model_name_or_path).eval()
+    from ..training.pretraining import build_untrained_model
+
+    named = model_name_or_path is not None
+    config = JointMAEConfig.from_pretrained(model_name_or_path) if named else JointMAEConfig.from_preset(preset)
+    return build_untrained_model(config, seed).joint_mae.eval()
+
+
+def encoder_parameters(encoder: PreTrainedModel) -> int:
+    """Parameters of the 3D encoder; those of the 2D embedding are of no use after pre-training."""
+    return sum(p.numel() for name, p in encoder.named_parameters() if not name.startswith("image_embeddings."))
+
+
+def _choose_C(features: np.ndarray, labels: np.ndarray, candidates: list[float], seed: int) -> float:
+    """The C that is best on a fifth of the training shapes; the first of equals."""
+    kept, held_out = validation_rows(labels, _VALIDATION_FRACTION, seed)
+    if len(held_out) == 0:
+        raise ValueError("`C` has several values, but no class has enough training shapes to choose on.")
+    scores = [
+        linear_svm(features[kept], labels[kept], features[held_out], labels[held_out], C)["accuracy"]
+        for C in candidates
+    ]
+    return candidates[int(np.argmax(scores))]

@@ -1,0 +1,17 @@
+"""From result files to tables, model cards and repositories on the Hub."""
+
+from .cards import build_model_folder, model_card
+from .hub import PublishingError, check_model_folder, publish_folder
+from .tables import commands_table, results_table, rewrite_block
+
+
+__all__ = [
+    "PublishingError",
+    "build_model_folder",
+    "check_model_folder",
+    "commands_table",
+    "model_card",
+    "publish_folder",
+    "results_table",
+    "rewrite_block",
+]

@@ -1,0 +1,63 @@
+"""Tables and model cards from result files.
+
+    python -m jointmae_hf.publishing tables README.md kicad outputs/*/result.json
+    python -m jointmae_hf.publishing card outputs/pretrain model_cards/joint-mae-tiny --repo_id org/joint-mae-tiny \\
+        --license apache-2.0 --training outputs/pretrain/result.json --results outputs/*/result.json
+
+`tables` rewrites what stands in a file between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. `card` makes the
+folder of a released model from the folder that training left.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..evaluation.results import ResultError, read_results
+from .cards import build_model_folder
+from .hub import PublishingError
+from .tables import commands_table, results_table, rewrite_block
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m jointmae_hf.publishing", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    tables = commands.add_parser("tables", help="rewrite a marked block of a Markdown file")
+    tables.add_argument("file", type=Path)
+    tables.add_argument("name", help="name of the block")
+    tables.add_argument("results", nargs="+", help="result files, or folders of them")
+    tables.add_argument("--headlines", action="store_true", help="one metric for each task")
+    tables.add_argument("--commands", action="store_true", help="add the table of commands")
+    card = commands.add_parser("card", help="make the folder of a released model")
+    card.add_argument("source", type=Path, help="output folder of training")
+    card.add_argument("output", type=Path, help="folder to make")
+    card.add_argument("--repo_id", required=True, help="name on the Hub, owner/name")
+    card.add_argument("--license", required=True, help="identifier of the Hub's list, such as apache-2.0")
+    card.add_argument("--results", nargs="*", default=[], help="result files, or folders of them")
+    card.add_argument("--training", type=Path, help="result.json of the pre-training run")
+    card.add_argument("--notes", type=Path, help="Markdown to add: data licences, limits")
+    card.add_argument("--base_model", help="what it was fine-tuned from")
+    card.add_argument("--datasets", nargs="*", help="names on the Hub of the training data")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None):
+    options = vars(parse_arguments(arguments))
+    command = options.pop("command")
+    results = read_results(options.pop("results"))
+    if command == "card":
+        print(build_model_folder(options.pop("source"), options.pop("output"), results=results, **options))
+        return
+    content = results_table(results, options["headlines"])
+    if options["commands"]:
+        content += "\n\n" + commands_table(results)
+    from ..training.checkpoints import replace_file
+
+    file = options["file"]
+    replace_file(file, rewrite_block(file.read_text(encoding="utf-8"), options["name"], content))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, ResultError, PublishingError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,241 @@
+"""Model cards made from result files, and the folder that is a repository of the Hub."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..evaluation.results import TASKS, ResultError, TaskResult, weights_digest
+from .hub import MODEL_FILES, PICTURES, PublishingError, load_model
+from .tables import METRIC_NAMES, TASK_NAMES, commands_table, dataset_name, results_table, task_name
+
+
+_TASK_TYPES = {"retrieval": "point-cloud-retrieval", "part_segmentation": "point-cloud-segmentation"}
+_AUTO_CLASSES = {
+    "JointMAEForPreTraining": "AutoModel",
+    "JointMAEModel": "AutoModel",
+    "JointMAEForPointCloudClassification": "AutoModelForImageClassification",
+    "JointMAEForPartSegmentation": "AutoModelForSemanticSegmentation",
+}
+_KINDS = {
+    "JointMAEForPreTraining": "Joint-MAE, pre-trained on point clouds without labels",
+    "JointMAEModel": "The encoder of a pre-trained Joint-MAE",
+    "JointMAEForPointCloudClassification": "Joint-MAE, fine-tuned to classify point clouds",
+    "JointMAEForPartSegmentation": "Joint-MAE, fine-tuned to label the parts of point clouds",
+}
+
+_TEXT = """# {name}
+
+{kind} ([paper](https://arxiv.org/abs/2302.14007), unofficial implementation).
+{parameters:,} parameters, {encoder:,} of them in the 3D encoder; {num_points:,} points a cloud, {num_tokens} tokens of
+width {hidden_size}. Weights are safetensors.
+
+```python
+from transformers import AutoProcessor, {auto_class}
+
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True).eval()
+outputs = model(**processor(points))  # points: (n, 3), or a mesh file; {output}
+```
+
+With `import jointmae_hf` the same calls need no `trust_remote_code`.
+"""
+
+
+def build_model_folder(source: str | Path, output: str | Path, **card: Any) -> Path:
+    """
+    Makes the folder of a released model from what training left: model, processor, code, pictures and a new card.
+
+    Args:
+        source: an output folder of training.
+        output: the new folder; its files are replaced, others stay.
+        card: as for [`model_card`].
+
+    Raises:
+        PublishingError: if `source` lacks a file of a model.
+        ResultError: if a result was not measured with these weights.
+    """
+    source, output = Path(source), Path(output)
+    files = [file for pattern in (*MODEL_FILES, PICTURES) for file in sorted(source.glob(pattern))]
+    log = source / "log.jsonl"
+    with tempfile.TemporaryDirectory() as staging:
+        for file in files:
+            shutil.copyfile(file, Path(staging) / file.name)
+        if log.exists():
+            draw_losses(log, Path(staging) / "losses.png")
+        text = str(model_card(staging, **card))
+        (Path(staging) / "README.md").write_text(text, encoding="utf-8")
+        shutil.copytree(staging, output, dirs_exist_ok=True)
+    return output
+
+
+def draw_losses(log: str | Path, path: str | Path):
+    """Draws every loss in the log of a run against the steps, on a logarithmic axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if "loss" in record]
+    figure = Figure(figsize=(6.4, 3.2), layout="tight")
+    axis = FigureCanvasAgg(figure).figure.subplots()
+    for name in [key for key in (records[0] if records else {}) if key.startswith("loss")]:
+        axis.plot([record["step"] for record in records], [record[name] for record in records], label=name)
+    axis.set(xlabel="step", yscale="log")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+def model_card(
+    folder: str | Path,
+    repo_id: str,
+    results: list[TaskResult],
+    license: str,
+    training: str | Path | None = None,
+    notes: str | Path | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
+) -> ModelCard:
+    """
+    The card of a model: metadata with a `model-index`, use, results, training, how to reproduce, limits.
+
+    Args:
+        folder: holds the model; its pictures (`*.png`) are shown.
+        repo_id: name on the Hub, `owner/name`.
+        results: of this model, and of what it is compared with (untrained, from scratch, random forest).
+        license: identifier of the Hub's list, such as `apache-2.0`.
+        training: `result.json` of the pre-training run.
+        notes: Markdown to add, such as data licences and limits.
+        base_model: what the model was fine-tuned from.
+        datasets: names on the Hub of the training data, for the metadata.
+
+    Raises:
+        PublishingError: if the folder is no model.
+        ResultError: if a result was measured with other weights than those in the folder.
+    """
+    folder = Path(folder)
+    model = load_model(folder)
+    for result in results:
+        _check_weights(result, model)
+    own = [result for result in results if result.model["initialization"] == "pretrained"]
+    name = repo_id.rpartition("/")[2]
+    data = ModelCardData(
+        model_name=name,
+        license=license,
+        library_name="transformers",
+        tags=["point-cloud", "3d", "joint-mae", "self-supervised-learning"],
+        base_model=base_model,
+        datasets=datasets,
+        metrics=sorted({TASKS[result.task] for result in own}) or None,
+        eval_results=[entry for result in own for entry in _eval_results(result)] or None,
+    )
+    parts = [_introduction(model, name, repo_id)]
+    parts += [f"![{file.stem.replace('_', ' ')}]({file.name})\n" for file in sorted(folder.glob(PICTURES))]
+    if results:
+        parts.append(_results_section(results))
+    if training is not None:
+        parts.append(_training_section(Path(training)))
+    if results:
+        parts.append("## How to reproduce\n\n" + commands_table(results) + "\n")
+    if notes is not None:
+        parts.append(Path(notes).read_text(encoding="utf-8"))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(part.strip() + "\n" for part in parts))
+
+
+def _introduction(model: PreTrainedModel, name: str, repo_id: str) -> str:
+    config, kind = model.config, type(model).__name__
+    encoder = sum(
+        parameter.numel()
+        for key, parameter in model.base_model.named_parameters()
+        if not key.startswith("image_embeddings.")
+    )
+    output = "`outputs.logits`"
+    if _AUTO_CLASSES[kind] == "AutoModel":
+        output = f"`outputs.pooler_output`: (1, {2 * config.hidden_size})"
+    return _TEXT.format(
+        name=name,
+        kind=_KINDS[kind],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        encoder=encoder,
+        num_points=config.num_points,
+        num_tokens=config.num_centers[-1],
+        hidden_size=config.hidden_size,
+        auto_class=_AUTO_CLASSES[kind],
+        repo_id=repo_id,
+        output=output,
+    )
+
+
+def _results_section(results: list[TaskResult]) -> str:
+    lines = [
+        "## Results",
+        "",
+        results_table(results),
+        "",
+        "Percent on held-out shapes: mean ± sample deviation (number of seeds). Protocols:",
+        "",
+    ]
+    seen = {}
+    for result in results:
+        sizes = ", ".join(f"{size:,} {part}" for part, size in result.split_sizes.items())
+        seen.setdefault(f"- {task_name(result)}, {dataset_name(result)} ({sizes}): {result.protocol}.")
+    return "\n".join([*lines, *seen, ""])
+
+
+def _training_section(file: Path) -> str:
+    """What the result of a pre-training run says about it."""
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        arguments = run["arguments"]
+        size, steps = arguments["batch_size"], run["steps"]
+        content = ", ".join(f"{key} {value}" for key, value in run["dataset"].items())
+        shown = {
+            "data": f"{arguments['dataset']} ({content})",
+            "samples seen": f"{steps * size:,} ({steps:,} steps of {size})",
+            "learning rate": f"{arguments['learning_rate']:g}, weight decay {arguments['weight_decay']:g}",
+            "precision": arguments["mixed_precision"],
+            "seed": run["seed"],
+            "device": f"{run['device']}, {run['num_processes']} process(es)",
+            "time": f"{run['seconds'] / 60:,.0f} min, {run['samples_per_second']:,.0f} samples/s",
+            "final losses": ", ".join(f"{key} {value:.4g}" for key, value in run["final_losses"].items()),
+            "commit": run["git_commit"],
+            "versions": ", ".join(f"{key} {value}" for key, value in run["versions"].items()),
+            "command": f"`{run['command']}`",
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PublishingError(f"{file} is not the result of a pre-training run: {error!r}.") from error
+    return "\n".join(["## Training", "", "| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in shown.items()), ""])
+
+
+def _eval_results(result: TaskResult) -> list[EvalResult]:
+    slug = dataset_name(result).replace(" ", "-").lower()
+    return [
+        EvalResult(
+            task_type=_TASK_TYPES.get(result.task, "point-cloud-classification"),
+            task_name=task_name(result),
+            dataset_type=slug,
+            dataset_name=dataset_name(result),
+            dataset_config=task_name(result),  # the Hub groups by task type and data set; variants must stay apart
+            dataset_split=result.settings["test_split"],
+            metric_type=metric,
+            metric_name=METRIC_NAMES.get(metric, metric.replace("_", "-")) + f" ({TASK_NAMES[result.task]})",
+            metric_value=round(values["mean"], 2),
+            metric_args={"deviation": values["deviation"], "seeds": result.seeds},
+        )
+        for metric, values in result.metrics.items()
+    ]
+
+
+def _check_weights(result: TaskResult, model: PreTrainedModel):
+    """Refuses numbers of another model: a result names the weights that it began with and, if tuned, ended with."""
+    if result.model["initialization"] != "pretrained":
+        return
+    known = {result.model["weights"], *result.model.get("final_weights", [])}
+    if not known & {weights_digest(model.base_model), weights_digest(model)}:
+        raise ResultError(
+            f"the result of `{result.command}` was measured with other weights ({result.model['name']}) than those in "
+            "the folder of the card."
+        )

@@ -1,0 +1,130 @@
+"""Markdown tables made from results. Nothing in them is typed by hand."""
+
+import re
+from pathlib import Path
+
+from ..evaluation.results import TASKS, ResultError, TaskResult, format_metric
+
+
+TASK_NAMES = {
+    "linear_svm": "linear SVM",
+    "few_shot": "few-shot",
+    "retrieval": "retrieval",
+    "classification": "fine-tuned classification",
+    "part_segmentation": "part segmentation",
+}
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "mean_class_accuracy": "mean of classes",
+    "accuracy_voted": "accuracy, voted",
+    "accuracy_best_on_validation": "accuracy, best on validation",
+    "accuracy_chosen_on_test": "accuracy, chosen on test",
+    "map": "mAP",
+    "instance_miou": "instance mIoU",
+    "class_miou": "class mIoU",
+    "point_accuracy": "point accuracy",
+    "instance_miou_best_on_validation": "instance mIoU, best on validation",
+    "instance_miou_chosen_on_test": "instance mIoU, chosen on test",
+}
+_COLUMNS = {
+    "pretrained": "pre-trained",
+    "untrained": "untrained",
+    "from_scratch": "from scratch",
+    "random_forest": "random forest",
+}
+
+
+def results_table(results: list[TaskResult], headlines_only: bool = False) -> str:
+    """
+    All results in one table: a row for each task, data set, variant and metric, a column for each kind of weights.
+
+    Args:
+        results: at most one for each cell.
+        headlines_only: whether to leave out all metrics but the one that a task is named for.
+
+    Raises:
+        ResultError: if there is none, or two results claim one cell.
+    """
+    if not results:
+        raise ResultError("`results` is empty; there is nothing to put into a table.")
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    order = {task: number for number, task in enumerate(TASKS)}
+    for result in sorted(results, key=lambda found: order[found.task]):
+        for metric, values in result.metrics.items():
+            if headlines_only and metric != TASKS[result.task]:
+                continue
+            row = (task_name(result), dataset_name(result), METRIC_NAMES.get(metric, metric.replace("_", "-")))
+            kind = result.model["initialization"]
+            if kind in cells.setdefault(row, {}):
+                raise ResultError(
+                    f"two results are for {', '.join(row)}, {_COLUMNS[kind]}; the second was made by: {result.command}"
+                )
+            seeds = f" ({len(result.seeds)})" if len(result.seeds) > 1 else ""
+            mark = " (chosen on test)" if result.chosen_on_test else ""
+            cells[row][kind] = format_metric(values) + seeds + mark
+    used = [kind for kind in _COLUMNS if any(kind in row for row in cells.values())]
+    head = ["task", "data set", "metric, %", *(_COLUMNS[kind] for kind in used)]
+    rows = [[*row, *(found.get(kind, "") for kind in used)] for row, found in cells.items()]
+    return _markdown(head, rows, left=3)
+
+
+def commands_table(results: list[TaskResult]) -> str:
+    """How each result is made again: command, commit, device and time."""
+    head = ["task", "data set", "weights", "command", "commit", "device", "time"]
+    rows = []
+    for result in results:
+        commit = (result.git_commit or "")[:7]
+        weights = _COLUMNS[result.model["initialization"]]
+        command = "`" + result.command.replace("|", "\\|") + "`"
+        rows.append(
+            [task_name(result), dataset_name(result), weights, command, commit, result.device, _time(result.seconds)]
+        )
+    return _markdown(head, rows, left=len(head))
+
+
+def task_name(result: TaskResult) -> str:
+    """The task with what makes a variant of it, from the settings."""
+    settings, parts = result.settings, [TASK_NAMES[result.task]]
+    if result.task == "few_shot":
+        parts.append(f"{settings['ways']}-way {settings['shots']}-shot")
+        if "head" in settings:
+            parts.append("fine-tuned")
+    if result.task == "retrieval" and settings["gallery"] == "train":
+        parts.append("in the training split")
+    if settings.get("head", "full") != "full":
+        parts.append(f"{settings['head']} head")
+    if "augmentation" in settings:
+        parts.append(settings["augmentation"])
+    if settings.get("train_fraction", 1.0) < 1:
+        parts.append(f"{100 * settings['train_fraction']:g} % of the labels")
+    return ", ".join(parts)
+
+
+def dataset_name(result: TaskResult) -> str:
+    """The last part of the data set's name, and its configuration."""
+    name = Path(result.dataset["name"]).name
+    config = result.dataset.get("config_name")
+    return f"{name} ({config})" if config else name
+
+
+def rewrite_block(text: str, name: str, content: str) -> str:
+    """
+    Replaces what stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
+
+    Raises:
+        ValueError: if the text does not hold this pair of marks exactly once.
+    """
+    start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"the text must hold {start} and, after it, {end}, once each.")
+    pattern = re.compile(f"({re.escape(start)}).*({re.escape(end)})", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}\n\n{content.strip()}\n\n{found[2]}", text)
+
+
+def _markdown(head: list[str], rows: list[list[str]], left: int) -> str:
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,250 @@
+"""Linear SVM, few-shot, retrieval, shape histograms and part segmentation: what each measures, and on what."""
+
+import numpy as np
+import pytest
+import torch
+from test_finetuning import CONFIG, write_dataset
+
+from jointmae_hf import JointMAEConfig, JointMAEForPartSegmentation, JointMAEForPreTraining
+from jointmae_hf.data.labelled import load_labelled_splits
+from jointmae_hf.data.loading import fixed_subsample
+from jointmae_hf.evaluation import (
+    draw_fold,
+    extract_features,
+    linear_svm,
+    part_iou,
+    read_result,
+    retrieval_metrics,
+    segment_clouds,
+    segmentation_metrics,
+    shape_histograms,
+)
+from jointmae_hf.evaluation.segmentation import class_parts
+from jointmae_hf.evaluation.tasks import (
+    FewShotArguments,
+    LinearSvmArguments,
+    RetrievalArguments,
+    evaluate_few_shot,
+    evaluate_linear_svm,
+    evaluate_retrieval,
+    load_encoder,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("shapes") / "data", sizes=(45, 30))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(3)
+    JointMAEForPreTraining(JointMAEConfig(**CONFIG)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make(dataset, pretrained, tmp_path):
+    def make(kind=LinearSvmArguments, **overrides):
+        defaults = {"dataset": dataset, "model_name_or_path": pretrained, "num_points": 64, "device": "cpu"}
+        return kind(**{**defaults, "output": str(tmp_path / "result.json"), **overrides})
+
+    return make
+
+
+# ---- Tasks from arguments to results
+
+
+def test_linear_svm_is_measured_on_features_of_each_subsample(make, dataset, pretrained, tmp_path):
+    result = evaluate_linear_svm(make(seeds=[0, 4]))
+    train, test = load_labelled_splits(dataset, ("train", "test"))
+    for seed, value in zip(result.seeds, result.metrics["accuracy"]["values"], strict=True):
+        encoder = load_encoder(pretrained)
+        features = [extract_features(encoder, fixed_subsample(part.clouds, 64, seed)) for part in (train, test)]
+        assert value == linear_svm(features[0], train.labels, features[1], test.labels)["accuracy"]
+    assert read_result(tmp_path / "result.json") == result
+    assert result.split_sizes == {"train": 45, "test": 30, "classes": 3}
+    assert result.dataset["splits"]["test"] == test.fingerprint()
+    assert not result.chosen_on_test and result.settings["C_used"] == [0.01, 0.01]
+
+
+def test_untrained_weights_are_those_that_pretraining_starts_from(make, pretrained):
+    result = evaluate_linear_svm(make(untrained=True, seeds=[0, 1]))
+    assert result.model["initialization"] == "untrained" and result.model["weights"] is None
+    first, second = (load_encoder(pretrained, True, seed) for seed in (0, 1))
+    assert not torch.equal(first.layernorm.weight + first.modality_embeddings[0, 0], second.modality_embeddings[0])
+    from jointmae_hf.training.pretraining import build_untrained_model
+
+    expected = build_untrained_model(JointMAEConfig.from_pretrained(pretrained), 1).joint_mae
+    assert torch.equal(second.modality_embeddings, expected.modality_embeddings)
+
+
+def test_seeds_that_change_nothing_are_not_counted(make, tmp_path, caplog):
+    fixed = write_dataset(tmp_path / "fixed", sizes=(9, 6), num_points=(64, 65))
+    result = evaluate_linear_svm(make(dataset=fixed, seeds=[0, 1, 2]))
+    assert result.seeds == [0] and "every seed would give the same result" in caplog.text
+    assert evaluate_linear_svm(make(dataset=fixed, seeds=[0, 1], untrained=True)).seeds == [0, 1]
+
+
+def test_C_is_chosen_on_training_shapes_unless_the_flag_says_otherwise(make):
+    candidates = [1e-7, 0.01, 1.0]
+    honest = evaluate_linear_svm(make(C=candidates))
+    assert "chosen on a fifth of the training split" in honest.protocol and not honest.chosen_on_test
+    chosen = evaluate_linear_svm(make(C=candidates, choose_on_test=True))
+    assert chosen.chosen_on_test and "THE TEST SPLIT" in chosen.protocol
+    every = [evaluate_linear_svm(make(C=[C])).metrics["accuracy"]["mean"] for C in candidates]
+    assert chosen.metrics["accuracy"]["mean"] == max(every)
+    assert honest.metrics["accuracy"]["mean"] == every[candidates.index(honest.settings["C_used"][0])]
+
+
+def test_a_random_forest_on_histograms_tells_simple_shapes_apart(make):
+    result = evaluate_linear_svm(make(baseline="random_forest", model_name_or_path=None, train_fraction=0.5))
+    assert result.metrics["accuracy"]["mean"] >= 90
+    assert result.model["initialization"] == "random_forest" and result.split_sizes["train"] == 24
+
+
+def test_few_shot_has_a_fold_for_each_seed(make):
+    result = evaluate_few_shot(make(FewShotArguments, ways=3, shots=1, queries=10))
+    assert result.seeds == list(range(10)) and result.metrics["accuracy"]["deviation"] > 0
+    assert (result.split_sizes["train"], result.split_sizes["test"]) == (3, 30)
+    with pytest.raises(ValueError, match=r"0 of 3 classes have 5 training shapes .* `queries` up to 10"):
+        evaluate_few_shot(make(FewShotArguments, ways=2, shots=5))
+
+
+def test_retrieval_searches_what_it_is_told_to(make):
+    inner = evaluate_retrieval(make(RetrievalArguments))
+    across = evaluate_retrieval(make(RetrievalArguments, gallery="train"))
+    assert inner.metrics["map"] != across.metrics["map"]
+    assert inner.metrics["top_1"]["mean"] <= inner.metrics["top_5"]["mean"] <= inner.metrics["top_10"]["mean"]
+
+
+@pytest.mark.parametrize(
+    "kind, overrides, message",
+    [
+        (LinearSvmArguments, {"model_name_or_path": None}, "expected a model, or --untrained"),
+        (LinearSvmArguments, {"C": [0.0]}, "expected positive numbers"),
+        (LinearSvmArguments, {"choose_on_test": True}, "expected false with a single `C`"),
+        (FewShotArguments, {"ways": 1}, "`ways` is 1, expected 2 or more"),
+        (RetrievalArguments, {"seeds": []}, r"`seeds` is \[\], expected distinct"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(make, kind, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make(kind, **overrides)
+
+
+# ---- Their parts
+
+
+def test_threads_extract_the_same_features(pretrained, dataset):
+    points = fixed_subsample(load_labelled_splits(dataset, ("train",))[0].clouds, 64)
+    encoder = load_encoder(pretrained)
+    alone = extract_features(encoder, points, batch_size=8)
+    torch.set_num_threads(2)
+    assert np.array_equal(extract_features(encoder, points, batch_size=8), alone)
+
+
+def test_a_fold_takes_its_support_and_its_queries_from_their_splits():
+    train, test = np.repeat(np.arange(6), 8), np.repeat(np.arange(6), [7, 7, 7, 7, 7, 3])
+    fold = draw_fold(train, test, ways=3, shots=4, queries=5, seed=1)
+    assert len(set(fold.classes)) == 3 and 5 not in fold.classes  # too few test shapes
+    assert train[fold.support].tolist() == np.repeat(fold.classes, 4).tolist()
+    assert test[fold.queries].tolist() == np.repeat(fold.classes, 5).tolist()
+    assert len(set(fold.support)) == 12 and len(set(fold.queries)) == 15
+    again, other = (draw_fold(train, test, 3, 4, 5, seed) for seed in (1, 2))
+    assert np.array_equal(again.support, fold.support) and not np.array_equal(other.support, fold.support)
+    with pytest.raises(ValueError, match="only 0 classes have 9 training shapes at all"):
+        draw_fold(train, test, 3, 9, 5, 0)
+
+
+def test_retrieval_metrics_of_a_case_worked_by_hand():
+    # On a circle, at growing angles from the first: b, a, b. Ranks of the query's class: 2.
+    angles = np.array([0.0, 0.1, 0.2, 0.3])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    labels = np.array([0, 1, 0, 1])
+    metrics = retrieval_metrics(features[:1], labels[:1], features[1:], labels[1:], ks=(1, 2))
+    assert metrics == {"map": 50.0, "top_1": 0.0, "top_2": 100.0, "queries": 1}
+    # Two relevant shapes at ranks 1 and 3: (1 + 2 / 3) / 2.
+    metrics = retrieval_metrics(features[:1], np.array([1]), features[1:], labels[1:])
+    assert metrics["map"] == pytest.approx(100 * 5 / 6)
+    # A shape is not its own neighbour, and one that is alone in its class is left out.
+    metrics = retrieval_metrics(features[:3], labels[:3])
+    assert metrics["queries"] == 2 and metrics["map"] == 50.0
+    with pytest.raises(ValueError, match="nothing to be found"):
+        retrieval_metrics(features[:2], np.array([0, 1]))
+
+
+def test_histograms_describe_the_shape_and_not_the_order_of_its_points():
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(2, 500, 3)).astype(np.float32)
+    points[1] *= [1, 1, 0.05]
+    points /= np.linalg.norm(points, axis=-1).max(1)[:, None, None]
+    features = shape_histograms(points)
+    assert features.shape == (2, 278) and np.isfinite(features).all()
+    np.testing.assert_allclose(features[:, :64].sum(1), 1, atol=1e-6)
+    shuffled = shape_histograms(points[:, generator.permutation(500)])
+    assert np.abs(shuffled - features).sum(1).max() < 0.5 * np.abs(features[0] - features[1]).sum()
+    line = np.zeros((1, 100, 3), dtype=np.float32)  # flat in two directions: nothing to divide by
+    line[0, :, 0] = np.linspace(-1, 1, 100)
+    assert np.isfinite(shape_histograms(line)).all()
+
+
+def test_part_iou_of_cases_worked_by_hand():
+    parts = np.array([True, True, False])
+    labels = np.array([0, 0, 1, 1])
+    assert part_iou(labels, labels, parts) == 1.0
+    assert part_iou(np.array([0, 0, 0, 1]), labels, parts) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert part_iou(np.zeros(4, int), np.zeros(4, int), parts) == 1.0  # neither there nor predicted
+    assert part_iou(np.array([0, 0, 1, 1]), np.array([0, 0, 2, -100]), parts) == pytest.approx((1 + 0 + 0) / 3)
+
+
+def test_class_miou_weighs_classes_and_instance_miou_shapes():
+    right, wrong = np.array([0, 0]), np.array([1, 1])
+    allowed = np.array([[True, False], [True, False]])
+    metrics = segmentation_metrics([right, right, wrong], [right] * 3, np.array([0, 0, 1]), allowed)
+    assert metrics["instance_miou"] == pytest.approx(200 / 3) and metrics["class_miou"] == 50.0
+    assert metrics["point_accuracy"] == pytest.approx(200 / 3)
+
+
+def test_clouds_of_any_size_are_segmented_whole(dataset):
+    (data,) = load_labelled_splits(dataset, ("test",), part_column="part_labels")
+    torch.manual_seed(0)
+    config = JointMAEConfig(**CONFIG, num_labels=4, num_object_classes=3)
+    model = JointMAEForPartSegmentation(config).train()
+    clouds = [data.clouds[index] for index in range(len(data))]
+    allowed = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=bool)
+    found = segment_clouds(model, clouds, 64, data.labels, allowed, batch_size=7)
+    assert [len(parts) for parts in found] == [len(cloud) for cloud in clouds]
+    assert all(allowed[label][parts].all() for parts, label in zip(found, data.labels, strict=True))
+    assert model.training
+    again = segment_clouds(model, clouds, 64, data.labels, allowed, batch_size=30)
+    assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
+    # With exactly as many points as the network takes, its own scores decide.
+    exact = fixed_subsample(data.clouds, 64)[:2]
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(exact), object_class=torch.from_numpy(data.labels[:2])).logits
+    found = segment_clouds(model, list(exact), 64, data.labels[:2])
+    assert np.array_equal(np.stack(found), logits.argmax(-1).numpy())
+
+
+def test_parts_of_a_class_are_those_of_its_shapes():
+    parts = class_parts([np.array([0, 1]), np.array([2, -100])], np.array([0, 1]), 3, 3)
+    assert parts.tolist() == [[True, True, False], [False, False, True], [False, False, False]]
+
+
+def test_splits_of_one_data_set_have_the_same_classes(dataset, tmp_path):
+    import datasets
+
+    rows = datasets.load_dataset(dataset)
+    names = datasets.ClassLabel(names=["disc", "rod", "ball"])
+    rows["test"] = rows["test"].cast(datasets.Features({**rows["test"].features, "label": names}))
+    rows.save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="split 'test' has other class names than split 'train'"):
+        load_labelled_splits(str(tmp_path / "other"), ("train", "test"))

@@ -1,0 +1,245 @@
+"""Tables and cards say what the result files say, and a folder that is pushed comes back the same."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+
+from jointmae_hf import (
+    JointMAEConfig,
+    JointMAEForPointCloudClassification,
+    JointMAEForPreTraining,
+    JointMAEPointCloudProcessor,
+)
+from jointmae_hf.evaluation.results import ResultError, TaskResult, summarize, weights_digest, write_result
+from jointmae_hf.publishing import (
+    PublishingError,
+    build_model_folder,
+    check_model_folder,
+    results_table,
+    rewrite_block,
+)
+from jointmae_hf.publishing.__main__ import main
+
+
+CONFIG = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_points": 64,
+    "num_centers": [16, 8],
+    "num_neighbors": [8, 4],
+    "point_embed_sizes": [8, 16],
+    "image_size": 16,
+    "splat_size": 3,
+    "patch_strides": [2, 2],
+    "image_embed_sizes": [8, 16],
+    "decoder_hidden_size": 16,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+    "num_target_points": 8,
+    "classifier_hidden_size": 16,
+}
+
+
+def result(task="linear_svm", values=(50.0, 52.0), metric="accuracy", kind="pretrained", weights=None, **changes):
+    settings = {"test_split": "test", "ways": 5, "shots": 10, "gallery": "test", **changes.pop("settings", {})}
+    return TaskResult(
+        **{
+            "task": task,
+            "model": {"name": "outputs/pretrain", "initialization": kind, "parameters": 100, "weights": weights},
+            "dataset": {"name": "examples/data/kicad-parts", "config_name": None, "splits": {}},
+            "split_sizes": {"train": 1444, "test": 442, "classes": 37},
+            "seeds": list(range(len(values))),
+            "metrics": {metric: summarize(list(values))},
+            "protocol": "everything fixed beforehand",
+            "settings": settings,
+            "chosen_on_test": False,
+            "command": f"python examples/{task}.py --seeds 0 1",
+            "git_commit": "0123456789",
+            "versions": {"torch": "2"},
+            "device": "a CPU",
+            "seconds": 90.0,
+            "finished": "2026-01-01T00:00:00+00:00",
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What a pre-training run leaves."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = JointMAEConfig(**CONFIG)
+    torch.manual_seed(0)
+    JointMAEForPreTraining(config).save_pretrained(folder)
+    JointMAEPointCloudProcessor.from_config(config).save_pretrained(folder)
+    (folder / "log.jsonl").write_text(
+        '{"step": 10, "loss": 2.0, "loss_3d": 1.0}\n{"step": 20, "loss": 1.0, "loss_3d": 0.5}\n'
+    )
+    (folder / "reconstructions.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digest(trained) -> str:
+    return weights_digest(JointMAEForPreTraining.from_pretrained(trained).joint_mae)
+
+
+def test_a_table_sets_results_side_by_side():
+    table = results_table(
+        [
+            result("part_segmentation", (60.0,), "instance_miou"),
+            result(values=(50.0, 52.0)),
+            result(values=(40.0,), kind="untrained"),
+            result(values=(45.0,), kind="random_forest", chosen_on_test=True),
+            result("few_shot", (80.0,), settings={"ways": 10}),
+        ]
+    )
+    assert table.splitlines() == [
+        "| task | data set | metric, % | pre-trained | untrained | random forest |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+        "| linear SVM | kicad-parts | accuracy | 51.0 ± 1.4 (2) | 40.0 | 45.0 (chosen on test) |",
+        "| few-shot, 10-way 10-shot | kicad-parts | accuracy | 80.0 |  |  |",
+        "| part segmentation | kicad-parts | instance mIoU | 60.0 |  |  |",
+    ]
+
+
+def test_two_results_for_one_cell_are_refused():
+    with pytest.raises(ResultError, match="two results are for linear SVM, kicad-parts, accuracy, pre-trained"):
+        results_table([result(), result()])
+    assert len(results_table([result(), result("retrieval", metric="map")]).splitlines()) == 4
+
+
+def test_only_the_marked_block_of_a_text_changes():
+    text = "before\n<!-- results:a -->\nold\n<!-- /results:a -->\nafter \\1\n"
+    new = rewrite_block(text, "a", "| new \\1 |")
+    assert new == "before\n<!-- results:a -->\n\n| new \\1 |\n\n<!-- /results:a -->\nafter \\1\n"
+    assert rewrite_block(new, "a", "| new \\1 |") == new
+    with pytest.raises(ValueError, match="must hold <!-- results:b -->"):
+        rewrite_block(text, "b", "")
+
+
+def test_a_readme_is_rewritten_from_result_files(tmp_path):
+    write_result(result(), tmp_path / "runs" / "svm.json")
+    (tmp_path / "runs" / "other.json").write_text('{"no": "result"}')
+    readme = tmp_path / "README.md"
+    readme.write_text("# A\n<!-- results:x -->\n<!-- /results:x -->\n")
+    main(["tables", str(readme), "x", str(tmp_path / "runs"), "--commands"])
+    assert (
+        "51.0 ± 1.4 (2)" in readme.read_text() and "`python examples/linear_svm.py --seeds 0 1`" in readme.read_text()
+    )
+
+
+def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
+    results = [
+        result(weights=digest),
+        result(values=(40.0,), kind="untrained"),
+        result("few_shot", (70.0,), weights=digest),
+        result("few_shot", (60.0,), weights=digest, settings={"ways": 10}),
+    ]
+    notes = tmp_path / "notes.md"
+    notes.write_text("## Limits\n\nNone known.\n")
+    training = Path(__file__).parents[1] / "examples" / "results" / "pretrain.json"
+    options = {"repo_id": "org/tiny", "license": "apache-2.0", "training": training, "notes": notes}
+    folder = build_model_folder(trained, tmp_path / "tiny", results=results, **options)
+    check_model_folder(folder)
+    assert not (folder / "log.jsonl").exists() and (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+    card = ModelCard.load(folder / "README.md")
+    found = {(entry.task_name, entry.metric_value) for entry in card.data.eval_results}
+    assert found == {
+        ("linear SVM", 51.0),
+        ("few-shot, 5-way 10-shot", 70.0),
+        ("few-shot, 10-way 10-shot", 60.0),
+    }
+    assert (card.data.model_name, card.data.license, card.data.library_name) == ("tiny", "apache-2.0", "transformers")
+    for expected in (
+        "51.0 ± 1.4 (2) | 40.0",
+        "28,800",
+        "None known.",
+        "(reconstructions.png)",
+        "(losses.png)",
+        "--seeds 0 1`",
+    ):
+        assert expected in card.text
+
+
+def test_a_card_refuses_numbers_of_other_weights(trained, digest, tmp_path):
+    options = {"repo_id": "org/tiny", "license": "apache-2.0"}
+    with pytest.raises(ResultError, match="measured with other weights"):
+        build_model_folder(trained, tmp_path / "tiny", results=[result(weights="0" * 64)], **options)
+    assert not (tmp_path / "tiny").exists()
+    # A fine-tuned head is known by the weights that its run ended with.
+    model = JointMAEForPointCloudClassification.from_pretrained(trained, num_labels=3)
+    model.save_pretrained(tmp_path / "head")
+    JointMAEPointCloudProcessor.from_config(model.config).save_pretrained(tmp_path / "head")
+    tuned = result("classification", weights="1" * 64)
+    tuned.model["final_weights"] = [weights_digest(model)]
+    folder = build_model_folder(tmp_path / "head", tmp_path / "card", results=[tuned], **options)
+    assert "AutoModelForImageClassification" in (folder / "README.md").read_text()
+
+
+def test_a_folder_that_is_no_repository_is_refused(trained, tmp_path):
+    options = {"repo_id": "org/tiny", "license": "apache-2.0", "results": []}
+    with pytest.raises(PublishingError, match="lacks README.md"):
+        check_model_folder(trained)
+    folder = build_model_folder(trained, tmp_path / "tiny", **options)
+    (folder / "optimizer.bin").write_bytes(b"")
+    (folder / "checkpoint-3").mkdir()
+    with pytest.raises(PublishingError, match="holds checkpoint-3, optimizer.bin, which do not belong"):
+        check_model_folder(folder)
+    with pytest.raises(PublishingError, match="there is no such folder"):
+        check_model_folder(tmp_path / "nowhere")
+    with pytest.raises(PublishingError, match="is not the result of a pre-training run"):
+        build_model_folder(trained, tmp_path / "tiny", training=folder / "config.json", **options)
+
+
+# ---- With a Hub
+
+
+def client_publish(folder: str) -> dict:
+    """Pushes by the example, then twice with something wrong on the way."""
+    import runpy
+
+    import jointmae_hf
+    from jointmae_hf.publishing import hub
+
+    sys.argv = ["publish.py", folder, "org/tiny"]
+    runpy.run_path(str(Path(jointmae_hf.__file__).parents[1] / "examples" / "publish.py"), run_name="__main__")
+    seen = {}
+    config = Path(folder) / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"auto_map"', '"no_auto_map"'))
+    try:
+        hub.publish_folder(folder, "org/without-code")
+    except Exception as error:
+        seen["without code"] = str(error)
+    config.write_text(text)
+    revision = hub.HfApi().list_repo_commits("org/tiny")[0].commit_id
+    config.write_text(text + "\n")
+    try:
+        hub.verify_published(folder, "org/tiny", revision)
+    except hub.PublishingError as error:
+        seen["altered"] = str(error)
+    config.write_text(text)
+    return seen
+
+
+def test_a_folder_is_pushed_and_verified(trained, digest, tmp_path):
+    folder = build_model_folder(
+        trained, tmp_path / "tiny", repo_id="org/tiny", license="apache-2.0", results=[result(weights=digest)]
+    )
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with HubServer() as hub:
+        seen = hub.call(client_publish, tmp_path, str(folder))
+        pushed = hub.files("org/tiny")
+    assert {name: data for name, data in pushed.items() if name != ".gitattributes"} == files
+    assert json.loads(pushed["config.json"])["architectures"] == ["JointMAEForPreTraining"]
+    assert "auto_map" in seen["without code"]
+    assert "config.json in org/tiny is not the one in" in seen["altered"]
