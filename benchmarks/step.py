@@ -3,7 +3,8 @@
     python benchmarks/step.py --point_mae FOLDER --point_m2ae FOLDER --output benchmarks/results/step
 
 Peers are brought by whoever runs it (`peers.py` says how); without a folder a peer is left out. Writes OUTPUT.json and
-OUTPUT.png. Takes about an hour on two cores, which should have nothing else to do.
+OUTPUT.png. Takes half an hour on two cores, which should have nothing else to do; `--compiled` adds what torch.compile
+makes of every contender, which takes far longer to compile than to measure.
 
 Every contender runs in a process of its own, in each of several settings, and all of them take turns, round by round:
 ratios are of neighbours in time. Best is the setting with the lowest median. A training step is forward pass, backward
@@ -371,11 +372,12 @@ def has_bfloat16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def settings() -> list[Setting]:
-    found = [Setting(keeps_memory=False), Setting(), Setting(compiled=True)]
-    if has_bfloat16():
-        found += [Setting(precision="bf16"), Setting(compiled=True, precision="bf16")]
-    return found
+def settings(compiled: bool) -> list[Setting]:
+    precisions = ["fp32", "bf16"] if has_bfloat16() else ["fp32"]
+    found = [Setting(precision=precision) for precision in precisions]
+    if compiled:
+        found += [Setting(compiled=True, precision=precision) for precision in precisions]
+    return [Setting(keeps_memory=False), *found]
 
 
 def draw(result: dict[str, Any], path: Path):
@@ -427,6 +429,7 @@ def main():
     parser.add_argument("--torch_pointcloud", help="folder that torch-pointcloud is installed in")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compiled", action="store_true", help="measure every contender compiled, too")
     parser.add_argument("--no_growth", action="store_true", help="leave out the curves of cost")
     parser.add_argument("--output", type=Path, required=True, help="path without suffix of the JSON and the picture")
     arguments = parser.parse_args()
@@ -441,7 +444,9 @@ def main():
     }
     present = {name: folder for name, folder in folders.items() if folder or name in (OURS, "ViTMAE")}
     specs = [
-        Spec(name, folder, setting, arguments.threads) for name, folder in present.items() for setting in settings()
+        Spec(name, folder, setting, arguments.threads)
+        for name, folder in present.items()
+        for setting in settings(arguments.compiled)
     ]
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
