@@ -31,7 +31,7 @@ _MORTON_CELLS = 1024  # a side
 # Neighbours are chosen from this many times as many points about the query, then from what else is near enough.
 _FIRST_LOOK, _NEAR_FIRST = 3, np.float32(0.1)
 _PAIRS_BY_FORCE = 1 << 16  # up to so many pairs of points, two sets are compared without a tree
-_QUERIES_OF_THREAD = 64  # at least, so that the work outweighs the handing over
+_QUERIES_OF_THREAD = 512  # at least, so that the work outweighs the handing over
 
 _INF = np.float32(np.inf)
 _NOBODY = np.int32(0x7FFFFFFF)  # index of padding, higher than any other
@@ -882,7 +882,7 @@ def multiscale_groups(
     _pool.run(
         lambda begin, end: _group_rows(points, mask, visible, scales, sampled, indices, offsets, begin, end),
         batch_size * num_groups[0],
-        min(4 * _QUERIES_OF_THREAD, num_groups[0]),
+        min(2 * _QUERIES_OF_THREAD, num_groups[0]),
     )
     return torch.from_numpy(sampled), torch.from_numpy(indices), torch.from_numpy(offsets)
 
