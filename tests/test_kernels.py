@@ -139,8 +139,9 @@ def test_threads_share_the_groups_of_one_cloud(plain_torch):
     points, before = surface(1, 4096), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert_same(plain_torch, geometry.multiscale_groups, points, [800, 100], [16, 8])
-        assert_same(plain_torch, geometry.multiscale_groups, points, [800, 100], [16, 8], None, torch.arange(9)[None])
+        assert_same(plain_torch, geometry.multiscale_groups, points, [3000, 2000], [16, 8])
+        visible = torch.arange(0, 2000, 7)[None]  # with more children than a thread takes alone
+        assert_same(plain_torch, geometry.multiscale_groups, points, [3000, 2000], [16, 9], None, visible)
     finally:
         torch.set_num_threads(before)
 

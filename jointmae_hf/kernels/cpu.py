@@ -31,7 +31,7 @@ _MORTON_CELLS = 1024  # a side
 # Neighbours are chosen from this many times as many points about the query, then from what else is near enough.
 _FIRST_LOOK, _NEAR_FIRST = 3, np.float32(0.1)
 _PAIRS_BY_FORCE = 1 << 16  # up to so many pairs of points, two sets are compared without a tree
-_QUERIES_OF_THREAD = 64  # at least, so that the work outweighs the handing over
+_QUERIES_OF_THREAD = 512  # at least, so that the work outweighs the handing over
 
 _INF = np.float32(np.inf)
 _NOBODY = np.int32(0x7FFFFFFF)  # index of padding, higher than any other
@@ -48,9 +48,12 @@ _NO_INDICES = np.zeros((0, 0), dtype=np.int64)
 Tree = namedtuple("Tree", ["order", "leaves", "nodes", "top", "num_points"])
 
 
-def _jit(fastmath: set[str] | bool = False) -> Callable:
+def _jit(fastmath: set[str] | bool = False, entry: bool = False) -> Callable:
+    """Compiles a function when first called. Only an entry may be called from Python, where others would crash."""
+
     def compiled(function):
         options = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": fastmath}
+        options |= {"no_cpython_wrapper": not entry, "no_cfunc_wrapper": True}
         try:
             return njit(cache=True, **options)(function)
         except RuntimeError:  # there is no folder to keep the machine code in
@@ -91,6 +94,13 @@ def _key(distance, index):
 @_jit()
 def _distance_of(key):
     return _float_of(np.int32(key >> 32))
+
+
+@_jit()
+def _fill(values, value):
+    """What NumPy would do in one line, and take seconds to compile."""
+    for i in range(values.shape[0]):
+        values[i] = value
 
 
 # ---- The tree
@@ -156,8 +166,9 @@ def _curve_order(points, order):
     extent = max(max(high_x - low_x, high_y - low_y), max(high_z - low_z, np.float32(1e-30)))
     scale = np.float32(_MORTON_CELLS - 1) / extent
     codes = _curve_codes(points, low_x, low_y, low_z, scale)
-    if order.shape[0] < points.shape[0]:
-        codes = codes[order]
+    for i in range(order.shape[0]):  # padding is left out; the others move down
+        codes[i] = codes[order[i]]
+    codes = codes[: order.shape[0]]
     other_codes = np.empty_like(codes)
     other_order = np.empty_like(order)
     _sort_by_digit(codes, order, 0, other_codes, other_order)
@@ -168,9 +179,12 @@ def _curve_order(points, order):
 
 @_jit()
 def _real_indices(num_points, real):
-    if real.shape[0] == 0:
-        return np.arange(num_points).astype(np.int32)
-    return np.flatnonzero(real).astype(np.int32)
+    indices = np.empty(num_points, dtype=np.int32)
+    count = 0
+    for i in range(num_points):
+        indices[count] = i
+        count += 1 if real.shape[0] == 0 or real[i] else 0
+    return indices[:count]
 
 
 @_jit(_simd)
@@ -337,7 +351,7 @@ def _set_distances(tree, distance):
     padding = np.float32(-1.0)
     num_leaves = tree.order.shape[0] // WIDTH
     for leaf in range(num_leaves):
-        _leaf(tree, leaf)[3 * WIDTH :] = distance
+        _fill(_leaf(tree, leaf)[3 * WIDTH :], distance)
     for i in range(tree.num_points - (num_leaves - 1) * WIDTH, WIDTH):
         _leaf(tree, num_leaves - 1)[3 * WIDTH + i] = padding
     num_nodes = tree.nodes.shape[0] // _NODE
@@ -389,7 +403,7 @@ def _add_sample(tree, x, y, z):
 def _sample(points, tree, sampled):
     """Fills `sampled` with indices of one cloud."""
     if tree.num_points == 0:
-        sampled[:] = 0
+        _fill(sampled, 0)
         return
     half = np.float32(0.5)
     low_x, low_y, low_z, high_x, high_y, high_z = _bounding_box(points, tree.order[: tree.num_points])
@@ -406,7 +420,7 @@ def _sample(points, tree, sampled):
         sampled[sample] = sampled[sample - distinct]
 
 
-@_jit()
+@_jit(entry=True)
 def _sample_clouds(points, mask, sampled, begin, end):
     for cloud in range(begin, end):
         _sample(points[cloud], _tree_of(points, mask, cloud), sampled[cloud])
@@ -453,7 +467,7 @@ def _count_up_to(keys, limit):
 def _padded(keys, count):
     """A view of whole vectors, filled up."""
     padded = (count + 31) // 32 * 32
-    keys[count:padded] = _NO_KEY
+    _fill(keys[count:padded], _NO_KEY)
     return keys[:padded]
 
 
@@ -497,7 +511,7 @@ def _scratch(k):
 def _query(tree, x, y, z, k, keys, neighbors):
     """Fills `neighbors` with the indices of the `k` nearest points, or of all there are and then of the nearest."""
     if tree.num_points == 0:
-        neighbors[:] = 0
+        _fill(neighbors, 0)
         return
     num_leaves = tree.order.shape[0] // WIDTH
     wanted = min(k, tree.num_points)
@@ -564,7 +578,7 @@ def _query(tree, x, y, z, k, keys, neighbors):
 def _write_sorted(keys, count, wanted, neighbors):
     """The indices of the smallest keys in their order: the place of a key is the number of smaller ones."""
     view = _padded(keys, count)
-    neighbors[:] = keys[0] & 0xFFFFFFFF
+    _fill(neighbors, keys[0] & 0xFFFFFFFF)
     for i in range(count):
         key = keys[i]
         place = 0
@@ -572,7 +586,7 @@ def _write_sorted(keys, count, wanted, neighbors):
             place += np.int64(view[j] < key)
         if place < wanted:
             neighbors[place] = key & 0xFFFFFFFF
-    neighbors[wanted:] = neighbors[0]
+    _fill(neighbors[wanted:], neighbors[0])
 
 
 @_jit()
@@ -583,7 +597,7 @@ def _write_offsets(points, x, y, z, neighbors, offsets):
         offsets[j, 2] = points[neighbors[j], 2] - z
 
 
-@_jit()
+@_jit(entry=True)
 def _query_rows(queries, points, mask, neighbors, offsets, begin, end):
     """Neighbours, and offsets if there is room for them, of a range of all queries."""
     num_queries, k = neighbors.shape[1:]
@@ -601,7 +615,7 @@ def _query_rows(queries, points, mask, neighbors, offsets, begin, end):
 # ---- Multi-scale grouping
 
 
-@_jit()
+@_jit(entry=True)
 def _group_rows(points, mask, visible, scales, sampled, indices, offsets, begin, end):
     """
     All scales of the clouds in a range of all finest groups.
@@ -610,39 +624,40 @@ def _group_rows(points, mask, visible, scales, sampled, indices, offsets, begin,
     `scales` are: centres, neighbours, groups, whether these are the children of the groups above, and where the
     results of this scale begin in `indices` and `offsets`.
     """
-    num_scales, num_groups = scales.shape[0], scales[0, 2]
+    num_scales, num_groups, most = scales.shape[0], scales[0, 2], 0
+    for scale in range(num_scales):
+        most = max(most, scales[scale, 1])
+    keys = _scratch(most)
     centers = np.empty((sampled.shape[1], 3), dtype=np.float32)
-    keys = _scratch(scales[:, 1].max())
+    picked = np.empty(sampled.shape[1], dtype=np.int64)
     for cloud in range(begin // num_groups, (end - 1) // num_groups + 1):
         tree = _tree_of(points, mask, cloud)
-        picked = np.empty(sampled.shape[1], dtype=np.int64)
         _sample(points[cloud], tree, picked)
-        sampled[cloud] = picked
         for i in range(picked.shape[0]):
-            centers[i] = points[cloud, picked[i]]
-        groups = visible[cloud].copy() if visible.shape[0] > 0 else np.arange(scales[-1, 0])
+            sampled[cloud, i] = picked[i]
+            for axis in range(3):
+                centers[i, axis] = points[cloud, picked[i], axis]
+        groups = visible[cloud] if visible.shape[0] > 0 else np.arange(scales[-1, 0])
         for scale in range(num_scales - 1, 0, -1):
-            k, count = scales[scale, 1], scales[scale, 2]
-            start = scales[scale, 4] + cloud * count * k
+            k, count, chosen = scales[scale, 1], scales[scale, 2], scales[scale - 1, 3]
             finer = centers[: scales[scale - 1, 0]]
             members = _build(finer, np.empty(0, dtype=np.bool_))
-            children = np.empty((count, k), dtype=np.int64)
+            children = np.empty(count * k, dtype=np.int64)
+            start = scales[scale, 4] + cloud * count * k
             for g in range(count):
                 x, y, z = centers[groups[g], 0], centers[groups[g], 1], centers[groups[g], 2]
-                _query(members, x, y, z, k, keys, children[g])
-                _write_offsets(finer, x, y, z, children[g], offsets[start + g * k : start + (g + 1) * k])
-            if scales[scale - 1, 3]:
-                groups = children.copy().reshape(-1)
-                indices[start : start + count * k] = np.arange(count * k)
-            else:
-                groups = np.arange(scales[scale - 1, 0])
-                indices[start : start + count * k] = children.reshape(-1)
+                row = children[g * k : (g + 1) * k]
+                _query(members, x, y, z, k, keys, row)
+                _write_offsets(finer, x, y, z, row, offsets[start + g * k : start + (g + 1) * k])
+            for i in range(count * k):
+                indices[start + i] = i if chosen else children[i]
+            groups = children if chosen else np.arange(scales[scale - 1, 0])
         k, start = scales[0, 1], cloud * num_groups
         for g in range(max(begin - start, 0), min(end - start, num_groups)):
             x, y, z = centers[groups[g], 0], centers[groups[g], 1], centers[groups[g], 2]
-            row = slice((start + g) * k, (start + g + 1) * k)
-            _query(tree, x, y, z, k, keys, indices[row])
-            _write_offsets(points[cloud], x, y, z, indices[row], offsets[row])
+            row = indices[(start + g) * k : (start + g + 1) * k]
+            _query(tree, x, y, z, k, keys, row)
+            _write_offsets(points[cloud], x, y, z, row, offsets[(start + g) * k : (start + g + 1) * k])
 
 
 # ---- Chamfer distance
@@ -667,7 +682,7 @@ def _nearest_in(leaf, order, x, y, z):
     return _key(nearest, first)
 
 
-@_jit()
+@_jit(entry=True)
 def _nearest_rows(queries, points, distances, indices, begin, end):
     """The nearest point of the other set, for a range of all queries."""
     num_queries = queries.shape[1]
@@ -727,7 +742,7 @@ def _nearest_both_ways(block, x, y, z, row):
     return _lowest_bit(np.uint32(bits)), nearest
 
 
-@_jit()
+@_jit(entry=True)
 def _nearest_of_pairs(first, second, forward, backward, to_second, to_first, begin, end):
     """Both ways at once, for sets so small that a tree does not pay."""
     size = 5 * WIDTH
@@ -767,7 +782,7 @@ def _add_gradient(points, others, nearest, weights, gradient, other_gradient):
             other_gradient[nearest[i], axis] -= slope
 
 
-@_jit()
+@_jit(entry=True)
 def _gradient_of_pairs(
     first, second, to_second, to_first, weights, other_weights, gradient, other_gradient, begin, end
 ):
@@ -867,7 +882,7 @@ def multiscale_groups(
     _pool.run(
         lambda begin, end: _group_rows(points, mask, visible, scales, sampled, indices, offsets, begin, end),
         batch_size * num_groups[0],
-        min(4 * _QUERIES_OF_THREAD, num_groups[0]),
+        min(2 * _QUERIES_OF_THREAD, num_groups[0]),
     )
     return torch.from_numpy(sampled), torch.from_numpy(indices), torch.from_numpy(offsets)
 
