@@ -253,6 +253,17 @@ def test_points_lie_evenly_on_each_kind(kind):
         assert unevenness(recipe, points, generator) < 2.5
 
 
+def test_of_surfaces_that_coincide_one_counts():
+    recipes = draw_recipes(range(300), seed=1)
+    recipes = recipes[(recipes["primitives"]["present"].sum(1) == 1) & (recipes["layout"] == 0)][:20]
+    recipes["primitives"][:, 1] = recipes["primitives"][:, 0]
+    composition = procedural._Composition(recipes, torch.device("cpu"))
+    points, primitive, keep = composition._candidates(0, 1000)
+    visible = composition._is_visible(points, primitive)
+    assert (primitive[keep] == 1).float().mean() > 0.4
+    assert torch.equal(visible[keep], primitive[keep] == 0)
+
+
 def test_a_shape_of_which_nothing_is_left_gets_back_what_was_taken_away():
     recipes = draw_recipes(range(200), seed=1)
     alone = (recipes["primitives"]["present"].sum(1) == 1) & (recipes["layout"] == 0)

@@ -28,6 +28,7 @@ from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
 from jointmae_hf.data.augmentation import Augmentation
@@ -879,6 +880,23 @@ def test_the_script_does_nothing_when_imported_and_finds_its_data():
     spec.loader.exec_module(module)
     assert module.EMBEDDED_DATASET.resolve() == SCRIPT.parent / "data" / "kicad-parts"
     assert module.name_embedded_dataset("procedural:3,kicad") == f"procedural:3.0,{module.EMBEDDED_DATASET}:1.0"
+
+
+@pytest.mark.parametrize(("has_gpu", "preset"), [(True, "base"), (False, "tiny")])
+def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp_path, has_gpu, preset):
+    (tmp_path / "bin").mkdir()
+    for name, line in (("python", f"exit {int(not has_gpu)}"), ("accelerate", "printf '%s\\n' \"$@\"")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".train").touch()  # as if everything was installed
+    environment = {**os.environ, "VENV": str(tmp_path), "OUTPUT": "somewhere"}
+    command = ["bash", str(SCRIPT.with_name("speedrun.sh")), "--max_steps", "7"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    options = printed.split("examples/pretrain.py\n")[1].splitlines()
+    (arguments,) = HfArgumentParser(PreTrainingArguments).parse_args_into_dataclasses(options)
+    assert (arguments.preset, arguments.max_steps, arguments.output_dir) == (preset, 7, "somewhere")
+    assert arguments.mixed_precision == ("bf16" if has_gpu else None) and arguments.compile == has_gpu
+    assert arguments.train_data == "procedural:0.8,kicad:0.2" and arguments.evaluate
 
 
 def test_a_run_on_the_cpu_has_the_threads_it_was_told(make):

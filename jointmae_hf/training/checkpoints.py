@@ -138,8 +138,15 @@ def save_checkpoint(
     return path
 
 
-def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]):
-    """`save_pretrained` without its progress bar, which would cut through that of training."""
+def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None):
+    """
+    `save_pretrained` without its progress bar, which would cut through that of training.
+
+    Args:
+        model: the model.
+        folder: where to.
+        weights: its weights in one piece, if it holds a part of them only.
+    """
     was_enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

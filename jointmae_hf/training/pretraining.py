@@ -693,7 +693,7 @@ class PreTrainer:
         processor = JointMAEPointCloudProcessor.from_config(config)
         staging = self.output_dir / "model.partial"
         shutil.rmtree(staging, ignore_errors=True)
-        save_model(model, staging, whole_weights(model))
+        save_model(model, staging)
         processor.save_pretrained(staging)
         for file in sorted(staging.iterdir()):
             file.replace(self.output_dir / file.name)
