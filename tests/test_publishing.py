@@ -136,6 +136,17 @@ def test_a_readme_is_rewritten_from_result_files(tmp_path):
     )
 
 
+def test_a_curve_is_drawn_of_one_task_on_one_data_set(tmp_path):
+    for index, (kind, size) in enumerate([("pretrained", 37), ("pretrained", 700), ("from_scratch", 700)]):
+        sizes = {"train": size, "test": 442, "classes": 37}
+        write_result(result("classification", kind=kind, split_sizes=sizes), tmp_path / f"{index}.json")
+    main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    write_result(result("retrieval", metric="map"), tmp_path / "3.json")
+    with pytest.raises(ResultError, match="expected one task on one data set"):
+        main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
+
+
 def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
     results = [
         result(weights=digest),
