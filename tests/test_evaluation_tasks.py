@@ -131,6 +131,7 @@ def test_retrieval_searches_what_it_is_told_to(make):
         (LinearSvmArguments, {"C": [0.0]}, "expected positive numbers"),
         (LinearSvmArguments, {"choose_on_test": True}, "expected false with a single `C`"),
         (FewShotArguments, {"ways": 1}, "`ways` is 1, expected 2 or more"),
+        (RetrievalArguments, {"output": "/"}, "expected a file, but there is a folder"),
         (RetrievalArguments, {"seeds": []}, r"`seeds` is \[\], expected distinct"),
     ],
 )

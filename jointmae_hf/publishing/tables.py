@@ -92,6 +92,8 @@ def task_name(result: TaskResult) -> str:
         parts.append("in the training split")
     if settings.get("head", "full") != "full":
         parts.append(f"{settings['head']} head")
+    if not settings.get("use_object_class", True):
+        parts.append("class unknown")
     if "augmentation" in settings:
         parts.append(settings["augmentation"])
     if settings.get("train_fraction", 1.0) < 1:

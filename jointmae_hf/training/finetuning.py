@@ -702,7 +702,7 @@ def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
         fold = f"{arguments.ways}-way {arguments.shots}-shot, {arguments.queries} test shapes a class, one fold a seed"
         words.insert(0, fold)
     if arguments.train_fraction < 1:
-        words.append(f"{100 * arguments.train_fraction:g} % of the training labels")
+        words.append(f"{100 * arguments.train_fraction:g} % of the training labels, at least one of each class")
     if arguments.choose_on_test:
         words.append("BEST CHECKPOINT CHOSEN ON THE TEST SPLIT")
     return ", ".join(words)
