@@ -24,6 +24,7 @@ from jointmae_hf.publishing import (
     rewrite_block,
 )
 from jointmae_hf.publishing.__main__ import main
+from jointmae_hf.publishing.tables import dataset_name
 
 
 CONFIG = {
@@ -108,6 +109,15 @@ def test_a_table_sets_results_side_by_side():
         "| few-shot, 10-way 10-shot | kicad-parts | accuracy | 80.0 |  |  |",
         "| part segmentation | kicad-parts | instance mIoU | 60.0 |  |  |",
     ]
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [("examples/data/kicad-parts", "kicad-parts"), ("/sets/ldraw/data", "ldraw"), ("org/shapes", "shapes")]
+    + [("/sets/ldraw/*.parquet", "ldraw"), ("data", "data")],
+)
+def test_a_data_set_is_shown_by_the_telling_part_of_its_path(name, shown):
+    assert dataset_name(result(dataset={"name": name, "config_name": None, "splits": {}})) == shown
 
 
 def test_two_results_for_one_cell_are_refused():

@@ -102,8 +102,10 @@ def task_name(result: TaskResult) -> str:
 
 
 def dataset_name(result: TaskResult) -> str:
-    """The last part of the data set's name, and its configuration."""
-    name = Path(result.dataset["name"]).name
+    """The last telling part of the data set's name or path, and its configuration."""
+    path = Path(result.dataset["name"])
+    telling = [part for part in path.parts if part != "data" and not part.endswith(".parquet")]
+    name = telling[-1] if telling else path.name
     config = result.dataset.get("config_name")
     return f"{name} ({config})" if config else name
 
