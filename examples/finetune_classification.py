@@ -2,6 +2,7 @@
 
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain --seeds 0 1 2
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain --from_scratch
+    accelerate launch examples/finetune_classification.py --baseline random_forest --train_fraction 0.1 --seeds 0 1 2
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain --head linear
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain --train_fraction 0.1
     accelerate launch examples/finetune_classification.py --model_name_or_path outputs/pretrain \\

@@ -131,6 +131,7 @@ def test_retrieval_searches_what_it_is_told_to(make):
         (LinearSvmArguments, {"C": [0.0]}, "expected positive numbers"),
         (LinearSvmArguments, {"choose_on_test": True}, "expected false with a single `C`"),
         (FewShotArguments, {"ways": 1}, "`ways` is 1, expected 2 or more"),
+        (RetrievalArguments, {"output": "/"}, "expected a file, but there is a folder"),
         (RetrievalArguments, {"seeds": []}, r"`seeds` is \[\], expected distinct"),
     ],
 )
@@ -148,6 +149,8 @@ def test_threads_extract_the_same_features(pretrained, dataset):
     alone = extract_features(encoder, points, batch_size=8)
     torch.set_num_threads(2)
     assert np.array_equal(extract_features(encoder, points, batch_size=8), alone)
+    by_layer = extract_features(load_encoder(pretrained), points, layers=[0, -1], batch_size=8)
+    assert np.array_equal(by_layer[1], alone) and not np.array_equal(by_layer[0], alone)
 
 
 def test_a_fold_takes_its_support_and_its_queries_from_their_splits():

@@ -24,6 +24,7 @@ from jointmae_hf.publishing import (
     rewrite_block,
 )
 from jointmae_hf.publishing.__main__ import main
+from jointmae_hf.publishing.tables import dataset_name
 
 
 CONFIG = {
@@ -110,6 +111,15 @@ def test_a_table_sets_results_side_by_side():
     ]
 
 
+@pytest.mark.parametrize(
+    "name, shown",
+    [("examples/data/kicad-parts", "kicad-parts"), ("/sets/ldraw/data", "ldraw"), ("org/shapes", "shapes")]
+    + [("/sets/ldraw/*.parquet", "ldraw"), ("data", "data")],
+)
+def test_a_data_set_is_shown_by_the_telling_part_of_its_path(name, shown):
+    assert dataset_name(result(dataset={"name": name, "config_name": None, "splits": {}})) == shown
+
+
 def test_two_results_for_one_cell_are_refused():
     with pytest.raises(ResultError, match="two results are for linear SVM, kicad-parts, accuracy, pre-trained"):
         results_table([result(), result()])
@@ -134,6 +144,17 @@ def test_a_readme_is_rewritten_from_result_files(tmp_path):
     assert (
         "51.0 ± 1.4 (2)" in readme.read_text() and "`python examples/linear_svm.py --seeds 0 1`" in readme.read_text()
     )
+
+
+def test_a_curve_is_drawn_of_one_task_on_one_data_set(tmp_path):
+    for index, (kind, size) in enumerate([("pretrained", 37), ("pretrained", 700), ("from_scratch", 700)]):
+        sizes = {"train": size, "test": 442, "classes": 37}
+        write_result(result("classification", kind=kind, split_sizes=sizes), tmp_path / f"{index}.json")
+    main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    write_result(result("retrieval", metric="map"), tmp_path / "3.json")
+    with pytest.raises(ResultError, match="expected one task on one data set"):
+        main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
 
 
 def test_a_card_is_made_of_its_results(trained, digest, tmp_path):

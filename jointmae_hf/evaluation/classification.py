@@ -6,12 +6,12 @@ import torch
 from ..data.augmentation import Augmentation, apply_affine, counter_generator, normalize_clouds, subsample
 from ..data.loading import PointClouds
 from ..modeling_joint_mae import JointMAEForPointCloudClassification
+from .features import map_batches
 
 
 _VOTES = 67  # purpose of random numbers: what a vote looks at
 
 
-@torch.no_grad()
 def predict_logits(model: JointMAEForPointCloudClassification, points: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """
     Scores of classes, float32 `(clouds, num_labels)`.
@@ -23,9 +23,12 @@ def predict_logits(model: JointMAEForPointCloudClassification, points: np.ndarra
     """
     modes = {module: module.training for module in model.modules()}  # a frozen encoder may be in another than its head
     model.eval()
+
+    def scores_of(rows: slice) -> torch.Tensor:
+        return model(torch.from_numpy(points[rows]).to(model.device)).logits.float().cpu()
+
     try:
-        batches = [points[start : start + batch_size] for start in range(0, len(points), batch_size)]
-        scores = [model(torch.from_numpy(batch).to(model.device)).logits.float().cpu() for batch in batches]
+        scores = map_batches(scores_of, len(points), batch_size, model.device)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -8,9 +8,9 @@ import torch
 from ..data.augmentation import FIXED_SUBSAMPLE, counter_generator, normalize_clouds, subsample
 from ..geometry_joint_mae import interpolate_features
 from ..modeling_joint_mae import JointMAEForPartSegmentation
+from .features import map_batches
 
 
-@torch.no_grad()
 def segment_clouds(
     model: JointMAEForPartSegmentation,
     clouds: Sequence[np.ndarray],
@@ -38,28 +38,28 @@ def segment_clouds(
     Returns:
         int64 `(n,)` for each cloud.
     """
-    was_training, device = model.training, model.device
-    told = model.config.num_object_classes > 0
+    device, told = model.device, model.config.num_object_classes > 0
+
+    def parts_of(rows: slice) -> list[np.ndarray]:
+        batch = [np.asarray(cloud) for cloud in clouds[rows]]
+        chosen = []
+        for index, cloud in enumerate(batch, rows.start):
+            generator = counter_generator(seed, FIXED_SUBSAMPLE, 0, index)
+            chosen.append(cloud[subsample(generator, len(cloud), num_points)])
+        points = torch.from_numpy(normalize_clouds(np.stack(chosen))).to(device)
+        classes = None if object_classes is None else object_classes[rows]
+        given = {"object_class": torch.from_numpy(classes).to(device)} if told else {}
+        logits = model(points, **given).logits.float().cpu()
+        if allowed_parts is not None:
+            logits = logits.masked_fill(~torch.from_numpy(allowed_parts[classes])[:, None], -torch.inf)
+        return [_spread(*parts).argmax(-1).numpy() for parts in zip(batch, chosen, logits, strict=True)]
+
+    was_training = model.training
     model.eval()
-    parts = []
     try:
-        for start in range(0, len(clouds), batch_size):
-            batch = [np.asarray(cloud) for cloud in clouds[start : start + batch_size]]
-            chosen = []
-            for index, cloud in enumerate(batch, start):
-                generator = counter_generator(seed, FIXED_SUBSAMPLE, 0, index)
-                chosen.append(cloud[subsample(generator, len(cloud), num_points)])
-            points = torch.from_numpy(normalize_clouds(np.stack(chosen))).to(device)
-            classes = None if object_classes is None else object_classes[start : start + batch_size]
-            given = {"object_class": torch.from_numpy(classes).to(device)} if told else {}
-            logits = model(points, **given).logits.float().cpu()
-            if allowed_parts is not None:
-                logits = logits.masked_fill(~torch.from_numpy(allowed_parts[classes])[:, None], -torch.inf)
-            for cloud, sample, scores in zip(batch, chosen, logits, strict=True):
-                parts.append(_spread(cloud, sample, scores).argmax(-1).numpy())
+        return sum(map_batches(parts_of, len(clouds), batch_size, device), [])
     finally:
         model.train(was_training)
-    return parts
 
 
 def _spread(cloud: np.ndarray, sample: np.ndarray, scores: torch.Tensor) -> torch.Tensor:

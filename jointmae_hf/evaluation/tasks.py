@@ -74,6 +74,8 @@ class FrozenTaskArguments:
         valid = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0
         self._require("seeds", valid, "distinct numbers, 0 or more")
         self._require("dataset", self.dataset is not None, "a name on the Hub, a folder or a parquet file")
+        is_file = self.output is None or not Path(self.output).is_dir()
+        self._require("output", is_file, "a file, but there is a folder of that name")
         named = self.model_name_or_path is not None or self.untrained or getattr(self, "baseline", "none") != "none"
         self._require("model_name_or_path", named, "a model, or --untrained")
 
@@ -160,7 +162,7 @@ def evaluate_linear_svm(arguments: LinearSvmArguments) -> TaskResult:
     if arguments.choose_on_test:
         protocol = protocol.replace("a fifth of the training split", "THE TEST SPLIT")
     if arguments.train_fraction < 1:
-        protocol += f"; {100 * arguments.train_fraction:g} % of the training labels"
+        protocol += f"; {100 * arguments.train_fraction:g} % of the training labels, at least one of each class"
     return _FrozenTask("linear_svm", arguments).run(measure, protocol)
 
 

@@ -1,6 +1,7 @@
 """From result files to tables, model cards and repositories on the Hub."""
 
 from .cards import build_model_folder, model_card
+from .curves import draw_label_curve, draw_losses
 from .hub import PublishingError, check_model_folder, publish_folder
 from .tables import commands_table, results_table, rewrite_block
 
@@ -10,6 +11,8 @@ __all__ = [
     "build_model_folder",
     "check_model_folder",
     "commands_table",
+    "draw_label_curve",
+    "draw_losses",
     "model_card",
     "publish_folder",
     "results_table",

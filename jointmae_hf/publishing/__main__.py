@@ -3,9 +3,10 @@
     python -m jointmae_hf.publishing tables README.md kicad outputs/*/result.json
     python -m jointmae_hf.publishing card outputs/pretrain model_cards/joint-mae-tiny --repo_id org/joint-mae-tiny \\
         --license apache-2.0 --training outputs/pretrain/result.json --results outputs/*/result.json
+    python -m jointmae_hf.publishing curve few_labels.png outputs/finetune-*/result.json
 
 `tables` rewrites what stands in a file between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. `card` makes the
-folder of a released model from the folder that training left.
+folder of a released model from the folder that training left. `curve` draws results with several `--train_fraction`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from ..evaluation.results import ResultError, read_results
 from .cards import build_model_folder
+from .curves import draw_label_curve
 from .hub import PublishingError
 from .tables import commands_table, results_table, rewrite_block
 
@@ -27,6 +29,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     tables.add_argument("results", nargs="+", help="result files, or folders of them")
     tables.add_argument("--headlines", action="store_true", help="one metric for each task")
     tables.add_argument("--commands", action="store_true", help="add the table of commands")
+    curve = commands.add_parser("curve", help="draw one task against the number of labelled shapes")
+    curve.add_argument("file", type=Path, help="picture to make")
+    curve.add_argument("results", nargs="+", help="result files, or folders of them")
     card = commands.add_parser("card", help="make the folder of a released model")
     card.add_argument("source", type=Path, help="output folder of training")
     card.add_argument("output", type=Path, help="folder to make")
@@ -46,6 +51,9 @@ def main(arguments: list[str] | None = None):
     results = read_results(options.pop("results"))
     if command == "card":
         print(build_model_folder(options.pop("source"), options.pop("output"), results=results, **options))
+        return
+    if command == "curve":
+        draw_label_curve(results, options["file"])
         return
     content = results_table(results, options["headlines"])
     if options["commands"]:

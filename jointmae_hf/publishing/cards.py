@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..evaluation.results import TASKS, ResultError, TaskResult, weights_digest
+from .curves import draw_losses
 from .hub import MODEL_FILES, PICTURES, PublishingError, load_model
 from .tables import METRIC_NAMES, TASK_NAMES, commands_table, dataset_name, results_table, task_name
 
@@ -71,22 +72,6 @@ def build_model_folder(source: str | Path, output: str | Path, **card: Any) -> P
         (Path(staging) / "README.md").write_text(text, encoding="utf-8")
         shutil.copytree(staging, output, dirs_exist_ok=True)
     return output
-
-
-def draw_losses(log: str | Path, path: str | Path):
-    """Draws every loss in the log of a run against the steps, on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
-    records = [record for record in records if "loss" in record]
-    figure = Figure(figsize=(6.4, 3.2), layout="tight")
-    axis = FigureCanvasAgg(figure).figure.subplots()
-    for name in [key for key in (records[0] if records else {}) if key.startswith("loss")]:
-        axis.plot([record["step"] for record in records], [record[name] for record in records], label=name)
-    axis.set(xlabel="step", yscale="log")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
 
 
 def model_card(

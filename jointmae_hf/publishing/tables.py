@@ -26,7 +26,7 @@ METRIC_NAMES = {
     "instance_miou_best_on_validation": "instance mIoU, best on validation",
     "instance_miou_chosen_on_test": "instance mIoU, chosen on test",
 }
-_COLUMNS = {
+WEIGHTS_NAMES = {
     "pretrained": "pre-trained",
     "untrained": "untrained",
     "from_scratch": "from scratch",
@@ -56,14 +56,13 @@ def results_table(results: list[TaskResult], headlines_only: bool = False) -> st
             row = (task_name(result), dataset_name(result), METRIC_NAMES.get(metric, metric.replace("_", "-")))
             kind = result.model["initialization"]
             if kind in cells.setdefault(row, {}):
-                raise ResultError(
-                    f"two results are for {', '.join(row)}, {_COLUMNS[kind]}; the second was made by: {result.command}"
-                )
+                cell = ", ".join((*row, WEIGHTS_NAMES[kind]))
+                raise ResultError(f"two results are for {cell}; the second was made by: {result.command}")
             seeds = f" ({len(result.seeds)})" if len(result.seeds) > 1 else ""
             mark = " (chosen on test)" if result.chosen_on_test else ""
             cells[row][kind] = format_metric(values) + seeds + mark
-    used = [kind for kind in _COLUMNS if any(kind in row for row in cells.values())]
-    head = ["task", "data set", "metric, %", *(_COLUMNS[kind] for kind in used)]
+    used = [kind for kind in WEIGHTS_NAMES if any(kind in row for row in cells.values())]
+    head = ["task", "data set", "metric, %", *(WEIGHTS_NAMES[kind] for kind in used)]
     rows = [[*row, *(found.get(kind, "") for kind in used)] for row, found in cells.items()]
     return _markdown(head, rows, left=3)
 
@@ -74,7 +73,7 @@ def commands_table(results: list[TaskResult]) -> str:
     rows = []
     for result in results:
         commit = (result.git_commit or "")[:7]
-        weights = _COLUMNS[result.model["initialization"]]
+        weights = WEIGHTS_NAMES[result.model["initialization"]]
         command = "`" + result.command.replace("|", "\\|") + "`"
         rows.append(
             [task_name(result), dataset_name(result), weights, command, commit, result.device, _time(result.seconds)]
@@ -93,6 +92,8 @@ def task_name(result: TaskResult) -> str:
         parts.append("in the training split")
     if settings.get("head", "full") != "full":
         parts.append(f"{settings['head']} head")
+    if not settings.get("use_object_class", True):
+        parts.append("class unknown")
     if "augmentation" in settings:
         parts.append(settings["augmentation"])
     if settings.get("train_fraction", 1.0) < 1:
@@ -101,8 +102,10 @@ def task_name(result: TaskResult) -> str:
 
 
 def dataset_name(result: TaskResult) -> str:
-    """The last part of the data set's name, and its configuration."""
-    name = Path(result.dataset["name"]).name
+    """The last telling part of the data set's name or path, and its configuration."""
+    path = Path(result.dataset["name"])
+    telling = [part for part in path.parts if part != "data" and not part.endswith(".parquet")]
+    name = telling[-1] if telling else path.name
     config = result.dataset.get("config_name")
     return f"{name} ({config})" if config else name
 

@@ -43,6 +43,7 @@ from ..data.labelled import LabelledClouds, load_labelled_splits, stratified_row
 from ..data.loading import fixed_subsample
 from ..evaluation.classification import predict_logits, vote
 from ..evaluation.few_shot import draw_fold
+from ..evaluation.histograms import random_forest, shape_histograms
 from ..evaluation.linear_svm import accuracies
 from ..evaluation.results import TASKS, TaskResult, provenance, summarize_runs, weights_digest, write_result
 from ..evaluation.segmentation import class_parts, segment_clouds, segmentation_metrics
@@ -249,7 +250,7 @@ class FineTuner:
         else:
             self.raw_model = self.model_class.from_pretrained(arguments.model_name_or_path, config=self.config)
         self.initial_weights = weights_digest(self.raw_model.joint_mae)
-        self.is_frozen = getattr(arguments, "head", "full") != "full"
+        self.is_frozen = arguments.head != "full"
         if self.is_frozen:
             self.raw_model.joint_mae.requires_grad_(False)
         self.raw_optimizer = build_optimizer(self.raw_model, arguments.learning_rate, arguments.weight_decay, _BETAS)
@@ -628,23 +629,20 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
     with accelerator.main_process_first():  # one process fills the cache of `datasets`
         data = load_labelled_splits(arguments.dataset, splits, *columns, arguments.dataset_config_name)
     is_few_shot = getattr(arguments, "ways", 0) > 0
+    is_forest = getattr(arguments, "baseline", "none") == "random_forest"
     runs = []
     for seed in arguments.seeds:
         shapes = _fold(arguments, data, seed) if is_few_shot else data
-        runs.append(tuner_class(arguments, seed, shapes).run())
+        if is_forest:
+            runs.append(_run_forest(arguments, seed, *shapes))
+        else:
+            runs.append(tuner_class(arguments, seed, shapes).run())
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
-    weights = {run["initial_weights"] for run in runs}
     result = TaskResult(
         task="few_shot" if is_few_shot else tuner_class.task,
-        model={
-            "name": arguments.model_name_or_path or arguments.preset,
-            "initialization": "from_scratch" if arguments.from_scratch else "pretrained",
-            "parameters": runs[0]["parameters"],
-            "weights": None if arguments.from_scratch else weights.pop(),
-            "final_weights": [run["final_weights"] for run in runs],
-        },
+        model=_describe_model(arguments, runs),
         dataset={
             "name": arguments.dataset,
             "config_name": arguments.dataset_config_name,
@@ -656,14 +654,8 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
         protocol=_protocol(arguments, runs[0]),
         settings={
             **asdict(arguments),
-            "adam_betas": list(_BETAS),
-            "steps": runs[0]["steps"],
-            "batch_size_used": runs[0]["batch_size"],
-            "num_points_used": runs[0]["num_points"],
-            "trained_parameters": runs[0]["trained_parameters"],
+            **({} if is_forest else _settings_of_training(runs)),
             "num_processes": accelerator.num_processes,
-            "best_steps": [run["best"] and run["best"]["step"] for run in runs],
-            "seconds_of_training": [run["seconds"] for run in runs],
         },
         chosen_on_test=arguments.choose_on_test,
         **provenance(accelerator.device, time.perf_counter() - started),
@@ -688,21 +680,68 @@ def _fold(
     return parts
 
 
+def _run_forest(
+    arguments: ClassificationArguments, seed: int, train: LabelledClouds, test: LabelledClouds
+) -> dict[str, Any]:
+    """The baseline on the shapes that a network would be trained on."""
+    rows = stratified_rows(train.labels, arguments.train_fraction, seed)
+    kept, held_out = validation_rows(train.labels[rows], arguments.validation_fraction, seed)
+    train = train.select(rows[kept])
+    features = [
+        shape_histograms(fixed_subsample(part.clouds, arguments.num_points, seed), seed) for part in (train, test)
+    ]
+    return {
+        "metrics": accuracies(random_forest(features[0], train.labels, features[1], seed), test.labels),
+        "split_sizes": {"train": len(kept), "validation": len(held_out), "test": len(test)},
+        "classes": len(train.class_names),
+    }
+
+
+def _describe_model(arguments: FineTuningArguments, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    if getattr(arguments, "baseline", "none") == "random_forest":
+        name = "random forest on shape histograms"
+        return {"name": name, "initialization": "random_forest", "parameters": 0, "weights": None}
+    scratch = "from_scratch" if arguments.head == "full" else "untrained"
+    return {
+        "name": arguments.model_name_or_path or arguments.preset,
+        "initialization": scratch if arguments.from_scratch else "pretrained",
+        "parameters": runs[0]["parameters"],
+        "weights": None if arguments.from_scratch else runs[0]["initial_weights"],
+        "final_weights": [run["final_weights"] for run in runs],
+    }
+
+
+def _settings_of_training(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was set by the data, and what happened."""
+    return {
+        "adam_betas": list(_BETAS),
+        "steps": runs[0]["steps"],
+        "batch_size_used": runs[0]["batch_size"],
+        "num_points_used": runs[0]["num_points"],
+        "trained_parameters": runs[0]["trained_parameters"],
+        "best_steps": [run["best"] and run["best"]["step"] for run in runs],
+        "seconds_of_training": [run["seconds"] for run in runs],
+    }
+
+
 def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
     """What was done, in words."""
     what = {"full": "all weights", "linear": "linear head, encoder frozen", "mlp": "MLP head, encoder frozen"}
-    words = [
-        f"fine-tuned ({what[getattr(arguments, 'head', 'full')]})",
-        f"{run['steps']:,} steps of {run['batch_size']} shapes ({arguments.augmentation})",
-        f"AdamW, learning rate {arguments.learning_rate:g}, weight decay {arguments.weight_decay:g}",
-        f"{run['num_points']:,} points",
-        "last step reported",
-    ]
+    if getattr(arguments, "baseline", "none") == "random_forest":
+        words = ["random forest of 500 trees on shape histograms, fixed beforehand"]
+    else:
+        words = [
+            f"fine-tuned ({what[arguments.head]})",
+            f"{run['steps']:,} steps of {run['batch_size']} shapes ({arguments.augmentation})",
+            f"AdamW, learning rate {arguments.learning_rate:g}, weight decay {arguments.weight_decay:g}",
+            f"{run['num_points']:,} points",
+            "last step reported",
+        ]
     if getattr(arguments, "ways", 0):
         fold = f"{arguments.ways}-way {arguments.shots}-shot, {arguments.queries} test shapes a class, one fold a seed"
         words.insert(0, fold)
     if arguments.train_fraction < 1:
-        words.append(f"{100 * arguments.train_fraction:g} % of the training labels")
+        words.append(f"{100 * arguments.train_fraction:g} % of the training labels, at least one of each class")
     if arguments.choose_on_test:
         words.append("BEST CHECKPOINT CHOSEN ON THE TEST SPLIT")
     return ", ".join(words)
