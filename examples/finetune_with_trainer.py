@@ -39,6 +39,8 @@ def main():
     set_seed(arguments.seed)
     shapes = datasets.load_dataset(arguments.dataset)
     names = shapes["train"].features["label"].names
+    if len(shapes["train"]) % arguments.batch_size == 1:  # batch normalisation cannot do with a last batch of one
+        shapes["train"] = shapes["train"].select(range(len(shapes["train"]) - 1))
     processor = JointMAEPointCloudProcessor.from_pretrained(arguments.model)
     model = JointMAEForPointCloudClassification.from_pretrained(
         arguments.model, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
@@ -54,6 +56,7 @@ def main():
             num_train_epochs=arguments.epochs,
             max_steps=arguments.max_steps,
             per_device_train_batch_size=arguments.batch_size,
+            per_device_eval_batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
             weight_decay=0.05,
             lr_scheduler_type="cosine",
@@ -62,7 +65,6 @@ def main():
             save_strategy="epoch",
             save_total_limit=2,
             remove_unused_columns=False,  # `prepare` reads them
-            dataloader_drop_last=True,  # batch normalisation cannot do with a batch of one
             report_to="none",
             seed=arguments.seed,
         ),
