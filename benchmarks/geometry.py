@@ -253,7 +253,7 @@ def draw(result: dict[str, Any], path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (bars, points, batch) = plt.subplots(1, 3, figsize=(14, 4))
+    figure, (bars, points, batch) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     rows = {name: row for name, row in result["tasks"].items() if "Chamfer" not in name}
     for offset, (prefix, color) in enumerate(((OURS, "#d95f02"), (PAIR, "#9a9a9a"), (PLAIN, "#d0d0d0"))):
         for place, row in enumerate(rows.values()):
@@ -264,7 +264,7 @@ def draw(result: dict[str, Any], path: Path):
     bars.set_yticks([place + 0.27 for place in range(len(rows))], list(rows), fontsize=7)
     bars.set(xscale="log", xlabel="ms/cloud")
     bars.invert_yaxis()
-    bars.legend(fontsize=7)
+    bars.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     for axis, name, key in ((points, "points", "ms"), (batch, "batch", "ms_per_cloud")):
         curve = result["growth"][name]
         axis.plot([row[name] for row in curve], [row[key] for row in curve], marker="o", color="#d95f02")
@@ -273,7 +273,6 @@ def draw(result: dict[str, Any], path: Path):
     points.set_title("sampling and 32 neighbours of one cloud", fontsize=9)
     batch.set_title("groups of three scales, 2,048 points", fontsize=9)
     figure.suptitle(result["machine"]["device"], fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
 
 
