@@ -427,6 +427,7 @@ def main():
     parser.add_argument("--point_mae", help="clone of Point-MAE")
     parser.add_argument("--point_m2ae", help="clone of Point-M2AE")
     parser.add_argument("--torch_pointcloud", help="folder that torch-pointcloud is installed in")
+    parser.add_argument("--vit_mae", action="store_true", help="measure transformers' ViTMAE of the same width, too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="measure every contender compiled, too")
@@ -442,7 +443,8 @@ def main():
         "Point-MAE (torch-pointcloud)": arguments.torch_pointcloud,
         "Point-M2AE (torch-pointcloud)": arguments.torch_pointcloud,
     }
-    present = {name: folder for name, folder in folders.items() if folder or name in (OURS, "ViTMAE")}
+    own = {OURS, "ViTMAE"} if arguments.vit_mae else {OURS}
+    present = {name: folder for name, folder in folders.items() if folder or name in own}
     specs = [
         Spec(name, folder, setting, arguments.threads)
         for name, folder in present.items()
