@@ -18,7 +18,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -71,6 +70,7 @@ from .pretraining import (
     step_seed,
     versions,
 )
+from .signals import StopSignals
 from .threads import EncoderThreads
 
 
@@ -190,7 +190,7 @@ class FineTuner:
         self._build_model()
         self.step, self.seconds, self.best = 0, 0.0, None
         self.since_log = LossMeter()
-        self.received_signal: int | None = None
+        self.stop_signals = StopSignals()
         self.checkpoint = None
         if arguments.resume_from_checkpoint is not None:
             self.checkpoint = latest_checkpoint(self.output_dir)
@@ -313,7 +313,7 @@ class FineTuner:
             return finished
         if self.is_main:
             self._prepare_output_dir()
-        with self._stop_on_signals():
+        with self.stop_signals:
             self._train()
         record = self._finish() if self.is_main else None
         self.accelerator.wait_for_everyone()
@@ -400,7 +400,7 @@ class FineTuner:
         grad_norm = accelerator.clip_grad_norm_(trained, arguments.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        stop = torch.tensor(float(self.received_signal is not None), device=device)
+        stop = torch.tensor(float(self.stop_signals.received is not None), device=device)
         values = torch.stack([total, grad_norm.detach().float().to(device), stop])
         loss, grad_norm, stop = accelerator.reduce(values, reduction="mean").tolist()
         return loss, grad_norm, stop > 0
@@ -481,33 +481,17 @@ class FineTuner:
             file.replace(folder / file.name)
         staging.rmdir()
 
-    @contextmanager
-    def _stop_on_signals(self):
-        """SIGINT and SIGTERM are remembered, for the end of the step; a second SIGINT interrupts at once."""
-
-        def remember(number: int, frame: Any):
-            self.received_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
     def _exit_on_signal(self):
-        number = self.received_signal or signal.SIGTERM  # another process may have received it
         if self.is_main:
             logger.warning(
                 "Stopped by %s after step %d of seed %d. Continue with --resume_from_checkpoint latest and the same "
                 "arguments.",
-                signal.Signals(number).name,
+                signal.Signals(self.stop_signals.number).name,
                 self.step,
                 self.seed,
             )
         self.accelerator.end_training()
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + self.stop_signals.number)
 
     # ---- The end
 

@@ -24,7 +24,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -67,6 +67,7 @@ from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
 from .prefetch import prefetch
 from .sharding import is_spread, whole
+from .signals import StopSignals
 from .summary import summarize
 from .threads import ReplicaThreads
 
@@ -197,7 +198,7 @@ class PreTrainer:
         self.unread: deque[tuple[int, torch.Tensor]] = deque()
         self.losses: dict[str, float] = {}
         self.grad_norm = math.nan
-        self.received_signal: int | None = None
+        self.stop_signals = StopSignals()
 
     # ---- Preparation
 
@@ -429,7 +430,7 @@ class PreTrainer:
         self._prepare_output_dir()
         if self.arguments.report_to != "none":
             self.accelerator.init_trackers("joint-mae-pretraining", config=self._tracked_arguments())
-        with self._stop_on_signals(), closing(self._batches()) as batches:
+        with self.stop_signals, closing(self._batches()) as batches:
             self._train(batches)
         model = self._final_model()
         result = self._finish(model) if self.is_main else None
@@ -521,7 +522,7 @@ class PreTrainer:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(step)
-        stop = torch.tensor(float(self.received_signal is not None), device=device)
+        stop = torch.tensor(float(self.stop_signals.received is not None), device=device)
         values = torch.cat([total, torch.stack([whole(grad_norm).float().to(device), stop])])
         return accelerator.reduce(values, reduction="mean"), grad_norms
 
@@ -615,33 +616,17 @@ class PreTrainer:
 
     # ---- Signals
 
-    @contextmanager
-    def _stop_on_signals(self):
-        """SIGINT and SIGTERM are remembered, for the end of the step; a second SIGINT interrupts at once."""
-
-        def remember(number: int, frame: Any):
-            self.received_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
     def _exit_on_signal(self):
-        number = self.received_signal or signal.SIGTERM  # another process may have received it
         if self.is_main:
             logger.warning(
                 "Stopped by %s after step %d; everything is in %s. Continue with --resume_from_checkpoint latest and "
                 "the same arguments.",
-                signal.Signals(number).name,
+                signal.Signals(self.stop_signals.number).name,
                 self.progress.step,
                 self.output_dir / f"checkpoint-{self.progress.step}",
             )
         self.accelerator.end_training()
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + self.stop_signals.number)
 
     # ---- The end
 
