@@ -97,6 +97,11 @@ class JointMAEConfig(PreTrainedConfig):
             Weight of the 3D loss. The defaults balance the gradients on the encoder at the start [ours].
         pixel_loss_weight (`float`, defaults to 1.0): Weight of the 2D loss.
         cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
+        agreement_loss_weight (`float`, defaults to 0.0):
+            Weight of the agreement loss: visible 3D tokens of one view of a shape tell its other view from those of
+            the other shapes of the batch (InfoNCE) [ours]. 0 is the method as published: no other view is needed.
+        agreement_hidden_size (`int`, defaults to 256): Width of the projection that views are compared in.
+        agreement_temperature (`float`, defaults to 0.1): Temperature of that comparison [relative, CrossPoint].
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
         num_object_classes (`int`, defaults to 0):
@@ -153,6 +158,9 @@ class JointMAEConfig(PreTrainedConfig):
     point_loss_weight: float | int = 10.0
     pixel_loss_weight: float | int = 1.0
     cross_loss_weight: float | int = 0.2
+    agreement_loss_weight: float | int = 0.0
+    agreement_hidden_size: int = 256
+    agreement_temperature: float | int = 0.1
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5
     num_object_classes: int = 0
@@ -217,9 +225,11 @@ class JointMAEConfig(PreTrainedConfig):
             "num_channels",
             "decoder_intermediate_size",
             "num_target_points",
+            "agreement_hidden_size",
             "classifier_hidden_size",
         ):
             self._require(name, getattr(self, name) > 0, "a positive integer")
+        self._require("agreement_temperature", self.agreement_temperature > 0, "more than 0")
         for name in (
             "image_embed_depth",
             "decoder_num_shared_layers",
@@ -228,6 +238,7 @@ class JointMAEConfig(PreTrainedConfig):
             "point_loss_weight",
             "pixel_loss_weight",
             "cross_loss_weight",
+            "agreement_loss_weight",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):

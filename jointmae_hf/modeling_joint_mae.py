@@ -95,6 +95,8 @@ class JointMAEForPreTrainingOutput(ModelOutput):
         loss_2d (`torch.FloatTensor` of shape `()`, *optional*): Mean squared depth error of masked patches.
         loss_cross (`torch.FloatTensor` of shape `()`, *optional*):
             How far reconstructed points stand before the depth image, squared.
+        loss_agreement (`torch.FloatTensor` of shape `()`, *optional*):
+            Cross-entropy of finding the other view of each shape among those of the batch.
         reconstructed_points (`torch.FloatTensor` of shape `(batch, masked tokens, num_target_points, 3)`):
             In the coordinates of `point_values`.
         reconstructed_patches (`torch.FloatTensor` of shape `(batch, masked patches, patch_size ** 2 * num_channels)`):
@@ -114,6 +116,7 @@ class JointMAEForPreTrainingOutput(ModelOutput):
     loss_3d: torch.FloatTensor | None = None
     loss_2d: torch.FloatTensor | None = None
     loss_cross: torch.FloatTensor | None = None
+    loss_agreement: torch.FloatTensor | None = None
     reconstructed_points: torch.FloatTensor | None = None
     reconstructed_patches: torch.FloatTensor | None = None
     mask_3d: torch.FloatTensor | None = None
@@ -533,7 +536,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
     """
 
     # What a pre-training checkpoint or a head holds besides the encoder.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^segmenter\."]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^agreement\.", r"^classifier\.", r"^segmenter\."]
 
     def __init__(self, config: JointMAEConfig, add_image_embeddings: bool = True):
         super().__init__(config)
@@ -745,13 +748,40 @@ class JointMAEDecoder(nn.Module):
         return point_output, self.image_head(self.image_norm(image[:, num_keys - num_visible :]))
 
 
+class JointMAEAgreementHead(nn.Module):
+    """Where views are compared: an MLP on pooled tokens, and the comparison itself. Left behind after pre-training."""
+
+    def __init__(self, config: JointMAEConfig):
+        super().__init__()
+        width = config.agreement_hidden_size
+        self.temperature = config.agreement_temperature
+        self.fc1 = nn.Linear(2 * config.hidden_size, width)
+        # Not over the batch: the views of a step would then depend on how it is split among processes and threads.
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc2 = nn.Linear(width, width)
+        self.activation_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """InfoNCE both ways between pooled tokens `(batch, 2 * hidden_size)` of two views of the same shapes."""
+        first, second = self._project(first), self._project(second)
+        with torch.autocast(first.device.type, enabled=False):
+            scores = first @ second.T / self.temperature  # (batch, batch)
+        same = torch.arange(len(scores), device=scores.device)
+        return (nn.functional.cross_entropy(scores, same) + nn.functional.cross_entropy(scores.T, same)) / 2
+
+    def _project(self, pooled: torch.Tensor) -> torch.Tensor:
+        hidden = self.activation_fn(self.norm(self.fc1(pooled)))
+        return nn.functional.normalize(self.fc2(hidden).float(), dim=-1)
+
+
 class JointMAEForPreTraining(JointMAEPreTrainedModel):
-    """Joint-MAE with its decoders and the three losses."""
+    """Joint-MAE with its decoders and the three losses; on demand, agreement with another view as a fourth."""
 
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)
         self.joint_mae = JointMAEModel(config)
         self.decoder = JointMAEDecoder(config)
+        self.agreement = JointMAEAgreementHead(config) if config.agreement_loss_weight > 0 else None
         # Radius of a patch of surface that holds the target points; the head predicts in this unit.
         self.target_radius = (config.num_target_points / config.num_points) ** 0.5
         self.post_init()
@@ -767,6 +797,7 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         point_noise: torch.FloatTensor | None = None,
         patch_noise: torch.FloatTensor | None = None,
         image_dropped: torch.BoolTensor | None = None,
+        second_point_values: torch.FloatTensor | None = None,
         return_loss: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> JointMAEForPreTrainingOutput:
@@ -786,9 +817,16 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             patch_noise (`torch.FloatTensor` of shape `(batch, num_patches)`, *optional*): The same for the 2D mask.
             image_dropped (`torch.BoolTensor` of shape `(batch,)`, *optional*):
                 Where true, 3D tokens do not see 2D tokens. Drawn with `modality_dropout` in training when left out.
+            second_point_values (`torch.FloatTensor` of shape `(batch, num_points, 3)`, *optional*):
+                Another view of the same shapes - other points, another augmentation - without padding. Required in
+                training with `agreement_loss_weight`; outside of it that loss is left out along with them.
             return_loss (`bool`, defaults to `True`): Kept for `Trainer`; the losses are always returned.
+
+        Raises:
+            ValueError: if a shape is wrong, or an input that the configuration asks for is missing.
         """
         config = self.config
+        self._check_second(point_values, second_point_values)
         batch_size, device = point_values.shape[0], point_values.device
         if config.use_image_branch and pixel_values is None:
             if view is None:
@@ -838,11 +876,18 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             if config.use_cross_loss:
                 loss_cross = depth_consistency(reconstructed.flatten(1, 2), projection, pixel_values).mean()
                 loss = loss + config.cross_loss_weight * loss_cross
+        loss_agreement = None
+        if self.agreement is not None and second_point_values is not None:
+            first = pool_tokens(outputs.last_hidden_state[:, : config.num_visible_tokens])
+            second: JointMAEModelOutput = self.joint_mae(second_point_values, **kwargs)
+            loss_agreement = self.agreement(first, second.pooler_output)
+            loss = loss + config.agreement_loss_weight * loss_agreement
         return JointMAEForPreTrainingOutput(
             loss=loss,
             loss_3d=loss_3d,
             loss_2d=loss_2d,
             loss_cross=loss_cross,
+            loss_agreement=loss_agreement,
             reconstructed_points=reconstructed,
             reconstructed_patches=patch_output,
             mask_3d=self._mask(masked_tokens, config.num_centers[-1]),
@@ -855,6 +900,22 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_second(self, points: torch.Tensor, second: torch.Tensor | None):
+        if second is not None and tuple(second.shape) != tuple(points.shape):
+            raise ValueError(
+                f"`second_point_values` has shape {tuple(second.shape)}, expected that of `point_values`, "
+                f"{tuple(points.shape)}."
+            )
+        if second is not None and self.agreement is None:
+            raise ValueError(
+                "`second_point_values` was given, but the model compares no views (`agreement_loss_weight` is 0)."
+            )
+        if second is None and self.agreement is not None and self.training:
+            raise ValueError(
+                "`second_point_values` is missing; training with `agreement_loss_weight` "
+                f"{self.config.agreement_loss_weight} expects another view of each cloud."
+            )
 
     def _point_loss(
         self, offsets: torch.Tensor, centers: torch.Tensor, points: torch.Tensor, point_mask: torch.Tensor | None
@@ -904,7 +965,7 @@ class JointMAEClassificationHead(nn.Module):
 class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
     """Joint-MAE's 3D encoder with a classification head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\."]
+    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\.", r"^agreement\."]
 
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)
@@ -980,7 +1041,7 @@ class JointMAESegmentationHead(nn.Module):
 class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
     """Joint-MAE's 3D encoder with a head that labels every point."""
 
-    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\."]
+    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\.", r"^agreement\."]
 
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)

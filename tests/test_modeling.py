@@ -361,14 +361,50 @@ def test_every_parameter_has_a_gradient():
     """Parameters that no loss reaches stop distributed training."""
     labels = {"labels": torch.tensor([0, 1])}
     parts = {"labels": torch.zeros(2, 128, dtype=torch.int64)}
-    for model_class, inputs in (
-        (JointMAEForPreTraining, masked_inputs()),
-        (JointMAEForPointCloudClassification, {"point_values": clouds()} | labels),
-        (JointMAEForPartSegmentation, {"point_values": clouds()} | parts),
+    comparing = tiny_config(agreement_loss_weight=1.0)
+    for model_class, config, inputs in (
+        (JointMAEForPreTraining, None, masked_inputs()),
+        (JointMAEForPreTraining, comparing, masked_inputs() | {"second_point_values": clouds(seed=1)}),
+        (JointMAEForPointCloudClassification, None, {"point_values": clouds()} | labels),
+        (JointMAEForPartSegmentation, None, {"point_values": clouds()} | parts),
     ):
-        model = build(model_class).train()
+        model = build(model_class, config).train()
         model(**inputs).loss.backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_agreement_finds_the_other_view_of_each_shape():
+    """Two views of a shape share it; swapping them between shapes makes the comparison wrong."""
+    config = tiny_config(point_loss_weight=0.0, pixel_loss_weight=0.0, cross_loss_weight=0.0, agreement_loss_weight=2)
+    torch.manual_seed(0)
+    model = JointMAEForPreTraining(config).train()
+    inputs = masked_inputs(4)
+    second = inputs["point_values"].flip(1) * 1.1  # another order, another size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(30):
+        output = model(**inputs, second_point_values=second)
+        torch.testing.assert_close(output.loss, 2 * output.loss_agreement)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    model.eval()
+    right = model(**inputs, second_point_values=second).loss_agreement
+    wrong = model(**inputs, second_point_values=second.roll(1, 0)).loss_agreement
+    assert right < 0.3 < 2 < wrong
+
+
+def test_agreement_is_off_unless_asked_for():
+    inputs, second = masked_inputs(), clouds(seed=1)
+    faithful = build(JointMAEForPreTraining)
+    comparing = build(JointMAEForPreTraining, tiny_config(agreement_loss_weight=1.0))
+    assert not [name for name, _ in faithful.named_parameters() if "agreement" in name]
+    assert comparing(**inputs).loss_agreement is None  # evaluation goes without another view
+    with pytest.raises(ValueError, match="`second_point_values` was given, but"):
+        faithful(**inputs, second_point_values=second)
+    with pytest.raises(ValueError, match=r"`second_point_values` has shape \(2, 64, 3\), expected"):
+        comparing(**inputs, second_point_values=second[:, :64])
+    with pytest.raises(ValueError, match="`second_point_values` is missing"):
+        comparing.train()(**inputs)
 
 
 @pytest.mark.parametrize("field", ["norm_point_loss", "norm_pixel_loss"])
@@ -694,6 +730,9 @@ def test_configuration_survives_json(tmp_path):
         ("point_loss_weight", -1.0, "0 or more"),
         ("pixel_loss_weight", -1.0, "0 or more"),
         ("cross_loss_weight", -1.0, "0 or more"),
+        ("agreement_loss_weight", -1.0, "0 or more"),
+        ("agreement_hidden_size", 0, "a positive integer"),
+        ("agreement_temperature", 0.0, "more than 0"),
         ("classifier_hidden_size", 0, "a positive integer"),
         ("num_object_classes", -1, "0 or more"),
     ],

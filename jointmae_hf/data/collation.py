@@ -34,6 +34,7 @@ _READ_ROWS = 256
 class PreTrainingCollator:
     """
     Makes the inputs of [`JointMAEForPreTraining`] from raw clouds: subsample, normalise, augment, draw view and masks.
+    Where the configuration compares views of a shape, all but the masks is done a second time.
 
     The model projects the points that it is given, so the depth image is one of the augmented cloud.
 
@@ -49,6 +50,7 @@ class PreTrainingCollator:
         self.num_patches = config.num_patches
         self.modality_dropout = config.modality_dropout
         self.use_image_branch = config.use_image_branch
+        self.compares_views = config.agreement_loss_weight > 0
         self.augmentation = augmentation
         self.seed = seed
 
@@ -60,31 +62,48 @@ class PreTrainingCollator:
 
         Returns:
             `point_values`, and what the model would else draw itself: `point_noise`, and with a 2D branch `view`,
-            `patch_noise` and, if the configuration has modality dropout, `image_dropped`.
+            `patch_noise` and, if the configuration has modality dropout, `image_dropped`; `second_point_values` where
+            it compares views.
         """
         size = len(clouds)
-        points = np.empty((size, self.num_points, 3), dtype=np.float32)
-        matrix, shift = np.empty((size, 3, 3)), np.empty((size, 3))
+        views = [_View(size, self.num_points) for _ in range(2 if self.compares_views else 1)]
         view = np.empty(size, dtype=np.int64)
         point_noise = np.empty((size, self.num_tokens), dtype=np.float32)
         patch_noise = np.empty((size, self.num_patches), dtype=np.float32)
         dropped = np.empty(size, dtype=bool)
         for row, (cloud, (epoch, index)) in enumerate(zip(clouds, keys, strict=True)):
             generator = counter_generator(self.seed, SAMPLES, epoch, index)
-            points[row] = cloud[subsample(generator, len(cloud), self.num_points)]
-            matrix[row], shift[row] = self.augmentation.draw(generator)
+            views[0].draw(row, cloud, self.augmentation, generator)
             view[row] = generator.integers(len(VIEW_AXES))
             point_noise[row] = generator.random(self.num_tokens, dtype=np.float32)
             patch_noise[row] = generator.random(self.num_patches, dtype=np.float32)
             dropped[row] = generator.random() < self.modality_dropout
-        points = apply_affine(normalize_clouds(points), matrix, shift)
-        batch = {"point_values": torch.from_numpy(points), "point_noise": torch.from_numpy(point_noise)}
+            for second in views[1:]:  # last, so that all else is what it is without a second view
+                second.draw(row, cloud, self.augmentation, generator)
+        batch = {"point_values": views[0].finish(), "point_noise": torch.from_numpy(point_noise)}
+        if self.compares_views:
+            batch["second_point_values"] = views[1].finish()
         if self.use_image_branch:
             batch["view"] = torch.from_numpy(view)
             batch["patch_noise"] = torch.from_numpy(patch_noise)
             if self.modality_dropout > 0:
                 batch["image_dropped"] = torch.from_numpy(dropped)
         return batch
+
+
+class _View:
+    """One view of each sample of a batch: a subsample of its points, normalised and then mapped at random."""
+
+    def __init__(self, size: int, num_points: int):
+        self.points = np.empty((size, num_points, 3), dtype=np.float32)
+        self.matrix, self.shift = np.empty((size, 3, 3)), np.empty((size, 3))
+
+    def draw(self, row: int, cloud: np.ndarray, augmentation: Augmentation, generator: np.random.Generator):
+        self.points[row] = cloud[subsample(generator, len(cloud), self.points.shape[1])]
+        self.matrix[row], self.shift[row] = augmentation.draw(generator)
+
+    def finish(self) -> torch.Tensor:
+        return torch.from_numpy(apply_affine(normalize_clouds(self.points), self.matrix, self.shift))
 
 
 class EpochBatches(Dataset):

@@ -304,6 +304,8 @@ class PreTrainer:
             self.loss_weights["loss_2d"] = config.pixel_loss_weight
             if config.use_cross_loss:
                 self.loss_weights["loss_cross"] = config.cross_loss_weight
+        if config.agreement_loss_weight > 0:
+            self.loss_weights["loss_agreement"] = config.agreement_loss_weight
         # In the order in which a value that is not finite is blamed: the total comes after its terms.
         self.terms = [*self.loss_weights, "loss"]
 
