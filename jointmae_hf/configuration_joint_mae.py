@@ -98,9 +98,9 @@ class JointMAEConfig(PreTrainedConfig):
         pixel_loss_weight (`float`, defaults to 1.0): Weight of the 2D loss.
         cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
         agreement_loss_weight (`float`, defaults to 0.0):
-            Weight of the agreement loss: visible 3D tokens of one view of a shape tell its other view from those of
-            the other shapes of the batch (InfoNCE) [ours]. 0 is the method as published: no other view is needed.
-        agreement_hidden_size (`int`, defaults to 256): Width of the projection that views are compared in.
+            Weight of the agreement loss: the visible 3D tokens of a shape, pooled, tell another view of it from those
+            of the other shapes that a process or thread has in its batch, so let it have 64 or more [ours]. 0 is the
+            method as published, without other views.
         agreement_temperature (`float`, defaults to 0.1): Temperature of that comparison [relative, CrossPoint].
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
@@ -159,7 +159,6 @@ class JointMAEConfig(PreTrainedConfig):
     pixel_loss_weight: float | int = 1.0
     cross_loss_weight: float | int = 0.2
     agreement_loss_weight: float | int = 0.0
-    agreement_hidden_size: int = 256
     agreement_temperature: float | int = 0.1
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5
@@ -225,7 +224,6 @@ class JointMAEConfig(PreTrainedConfig):
             "num_channels",
             "decoder_intermediate_size",
             "num_target_points",
-            "agreement_hidden_size",
             "classifier_hidden_size",
         ):
             self._require(name, getattr(self, name) > 0, "a positive integer")

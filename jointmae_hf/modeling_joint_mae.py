@@ -56,6 +56,9 @@ from .geometry_joint_mae import (
 )
 
 
+_EPS = 1e-6
+
+
 @dataclass
 class JointMAEModelOutput(ModelOutput):
     """
@@ -536,7 +539,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
     """
 
     # What a pre-training checkpoint or a head holds besides the encoder.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^agreement\.", r"^classifier\.", r"^segmenter\."]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^segmenter\."]
 
     def __init__(self, config: JointMAEConfig, add_image_embeddings: bool = True):
         super().__init__(config)
@@ -674,6 +677,30 @@ def pool_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens.mean(1), tokens.amax(1)], dim=-1)
 
 
+def agreement_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    How well each shape's second view is told from those of the other shapes, and back: InfoNCE both ways [ours].
+
+    Features are compared as a linear classifier will see them, each standardised over the batch, and not behind a
+    projection head, behind which they may collapse onto few directions.
+
+    Args:
+        first, second: pooled tokens `(batch, width)` of two views of the same shapes; the batch is what is compared.
+        temperature: of the cosine similarities.
+
+    Returns:
+        float32 `()`, log(batch) by chance.
+    """
+    first, second = (
+        nn.functional.normalize((view - view.mean(0)) / (view.var(0, unbiased=False) + _EPS).sqrt(), dim=1)
+        for view in (first.float(), second.float())
+    )
+    with torch.autocast(first.device.type, enabled=False):
+        scores = first @ second.T / temperature  # (batch, batch)
+    same = torch.arange(len(scores), device=scores.device)
+    return (nn.functional.cross_entropy(scores, same) + nn.functional.cross_entropy(scores.T, same)) / 2
+
+
 class JointMAEDecoder(nn.Module):
     """
     Joint decoder: mask tokens enter before the modal-shared part, then one decoder for each modality.
@@ -748,32 +775,6 @@ class JointMAEDecoder(nn.Module):
         return point_output, self.image_head(self.image_norm(image[:, num_keys - num_visible :]))
 
 
-class JointMAEAgreementHead(nn.Module):
-    """Where views are compared: an MLP on pooled tokens, and the comparison itself. Left behind after pre-training."""
-
-    def __init__(self, config: JointMAEConfig):
-        super().__init__()
-        width = config.agreement_hidden_size
-        self.temperature = config.agreement_temperature
-        self.fc1 = nn.Linear(2 * config.hidden_size, width)
-        # Not over the batch: the views of a step would then depend on how it is split among processes and threads.
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc2 = nn.Linear(width, width)
-        self.activation_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """InfoNCE both ways between pooled tokens `(batch, 2 * hidden_size)` of two views of the same shapes."""
-        first, second = self._project(first), self._project(second)
-        with torch.autocast(first.device.type, enabled=False):
-            scores = first @ second.T / self.temperature  # (batch, batch)
-        same = torch.arange(len(scores), device=scores.device)
-        return (nn.functional.cross_entropy(scores, same) + nn.functional.cross_entropy(scores.T, same)) / 2
-
-    def _project(self, pooled: torch.Tensor) -> torch.Tensor:
-        hidden = self.activation_fn(self.norm(self.fc1(pooled)))
-        return nn.functional.normalize(self.fc2(hidden).float(), dim=-1)
-
-
 class JointMAEForPreTraining(JointMAEPreTrainedModel):
     """Joint-MAE with its decoders and the three losses; on demand, agreement with another view as a fourth."""
 
@@ -781,7 +782,6 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         super().__init__(config)
         self.joint_mae = JointMAEModel(config)
         self.decoder = JointMAEDecoder(config)
-        self.agreement = JointMAEAgreementHead(config) if config.agreement_loss_weight > 0 else None
         # Radius of a patch of surface that holds the target points; the head predicts in this unit.
         self.target_radius = (config.num_target_points / config.num_points) ** 0.5
         self.post_init()
@@ -877,10 +877,10 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
                 loss_cross = depth_consistency(reconstructed.flatten(1, 2), projection, pixel_values).mean()
                 loss = loss + config.cross_loss_weight * loss_cross
         loss_agreement = None
-        if self.agreement is not None and second_point_values is not None:
+        if second_point_values is not None:
             first = pool_tokens(outputs.last_hidden_state[:, : config.num_visible_tokens])
             second: JointMAEModelOutput = self.joint_mae(second_point_values, **kwargs)
-            loss_agreement = self.agreement(first, second.pooler_output)
+            loss_agreement = agreement_loss(first, second.pooler_output, config.agreement_temperature)
             loss = loss + config.agreement_loss_weight * loss_agreement
         return JointMAEForPreTrainingOutput(
             loss=loss,
@@ -902,19 +902,20 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         )
 
     def _check_second(self, points: torch.Tensor, second: torch.Tensor | None):
-        if second is not None and tuple(second.shape) != tuple(points.shape):
-            raise ValueError(
-                f"`second_point_values` has shape {tuple(second.shape)}, expected that of `point_values`, "
-                f"{tuple(points.shape)}."
-            )
-        if second is not None and self.agreement is None:
+        compares = self.config.agreement_loss_weight > 0
+        if second is not None and not compares:
             raise ValueError(
                 "`second_point_values` was given, but the model compares no views (`agreement_loss_weight` is 0)."
             )
-        if second is None and self.agreement is not None and self.training:
+        if second is None and compares and self.training:
             raise ValueError(
                 "`second_point_values` is missing; training with `agreement_loss_weight` "
                 f"{self.config.agreement_loss_weight} expects another view of each cloud."
+            )
+        if second is not None and second.shape != points.shape:
+            raise ValueError(
+                f"`second_point_values` has shape {tuple(second.shape)}, expected that of `point_values`, "
+                f"{tuple(points.shape)}."
             )
 
     def _point_loss(
@@ -965,7 +966,7 @@ class JointMAEClassificationHead(nn.Module):
 class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
     """Joint-MAE's 3D encoder with a classification head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\.", r"^agreement\."]
+    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\."]
 
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)
@@ -1041,7 +1042,7 @@ class JointMAESegmentationHead(nn.Module):
 class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
     """Joint-MAE's 3D encoder with a head that labels every point."""
 
-    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\.", r"^agreement\."]
+    _keys_to_ignore_on_load_unexpected = [r"image_embeddings\.", r"^decoder\."]
 
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)

@@ -1,6 +1,7 @@
 """The method: what is hidden stays hidden, attention reaches where it should, and every switch does what it says."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from jointmae_hf.geometry_joint_mae import (
     project_points,
     view_projection,
 )
-from jointmae_hf.modeling_joint_mae import patchify, random_mask
+from jointmae_hf.modeling_joint_mae import agreement_loss, patchify, random_mask
 
 
 TINY = {
@@ -390,14 +391,23 @@ def test_agreement_finds_the_other_view_of_each_shape():
     model.eval()
     right = model(**inputs, second_point_values=second).loss_agreement
     wrong = model(**inputs, second_point_values=second.roll(1, 0)).loss_agreement
-    assert right < 0.3 < 2 < wrong
+    assert right < 0.3 < math.log(4) < wrong
+
+
+def test_agreement_is_blind_to_scale_and_offset_of_features():
+    first = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    scale, offset = torch.tensor([1.0, 100.0, 0.01, 5.0, 1.0, 1.0]), torch.tensor([0.0, 50.0, 0.0, -3.0, 0.0, 1.0])
+    second = first + 0.1
+    value = agreement_loss(first, second, 0.1)
+    torch.testing.assert_close(agreement_loss(first * scale + offset, second, 0.1), value, rtol=0.02, atol=1e-4)
+    assert value < 0.05 < math.log(8) < agreement_loss(first, second.flip(0), 0.1)
 
 
 def test_agreement_is_off_unless_asked_for():
     inputs, second = masked_inputs(), clouds(seed=1)
     faithful = build(JointMAEForPreTraining)
     comparing = build(JointMAEForPreTraining, tiny_config(agreement_loss_weight=1.0))
-    assert not [name for name, _ in faithful.named_parameters() if "agreement" in name]
+    assert faithful(**inputs).loss_agreement is None
     assert comparing(**inputs).loss_agreement is None  # evaluation goes without another view
     with pytest.raises(ValueError, match="`second_point_values` was given, but"):
         faithful(**inputs, second_point_values=second)
@@ -731,7 +741,6 @@ def test_configuration_survives_json(tmp_path):
         ("pixel_loss_weight", -1.0, "0 or more"),
         ("cross_loss_weight", -1.0, "0 or more"),
         ("agreement_loss_weight", -1.0, "0 or more"),
-        ("agreement_hidden_size", 0, "a positive integer"),
         ("agreement_temperature", 0.0, "more than 0"),
         ("classifier_hidden_size", 0, "a positive integer"),
         ("num_object_classes", -1, "0 or more"),

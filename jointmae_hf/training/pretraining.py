@@ -5,7 +5,8 @@ Notable choices:
 - A run is a pure function of its arguments. Batches are a function of (seed, epoch, indices), the learning rate of the
   step, and torch's generator is seeded anew at each step, so a resumed run repeats an uninterrupted one bit for bit.
 - `batch_size` counts the samples of an optimizer step. How they spread over processes and accumulation steps changes
-  the losses by rounding only (and by which samples stochastic depth drops, where there is any).
+  the losses by rounding only (and by which samples stochastic depth drops and which shapes are compared with each
+  other, where the configuration has either).
 - Losses are averaged over processes at each step in one tensor, which carries the wish to stop too: all processes see
   a loss that is not finite, or a signal, at the same step. On a GPU that tensor is read one step late, so that nothing
   waits for it.
