@@ -98,9 +98,11 @@ class JointMAEConfig(PreTrainedConfig):
         pixel_loss_weight (`float`, defaults to 1.0): Weight of the 2D loss.
         cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
         agreement_loss_weight (`float`, defaults to 0.0):
-            Weight of the agreement loss: the visible 3D tokens of a shape, pooled, tell another view of it from those
-            of the other shapes that a process or thread has in its batch, so let it have 64 or more [ours]. 0 is the
-            method as published, without other views.
+            Weight of the agreement loss: the pooled 3D tokens of a shape tell another view of it from those of the
+            other shapes that a process or thread has in its batch, so let it have 64 or more [ours]. 0 is the method
+            as published, without other views.
+        agreement_of_visible (`bool`, defaults to `True`):
+            Whether the visible tokens of the first view stand for it, or all of them, at the cost of another pass.
         agreement_temperature (`float`, defaults to 0.1): Temperature of that comparison [relative, CrossPoint].
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
@@ -159,6 +161,7 @@ class JointMAEConfig(PreTrainedConfig):
     pixel_loss_weight: float | int = 1.0
     cross_loss_weight: float | int = 0.2
     agreement_loss_weight: float | int = 0.0
+    agreement_of_visible: bool = True
     agreement_temperature: float | int = 0.1
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5

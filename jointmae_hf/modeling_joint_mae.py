@@ -878,9 +878,9 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
                 loss = loss + config.cross_loss_weight * loss_cross
         loss_agreement = None
         if second_point_values is not None:
-            first = pool_tokens(outputs.last_hidden_state[:, : config.num_visible_tokens])
-            second: JointMAEModelOutput = self.joint_mae(second_point_values, **kwargs)
-            loss_agreement = agreement_loss(first, second.pooler_output, config.agreement_temperature)
+            first = outputs if config.agreement_of_visible else self.joint_mae(point_values, point_mask=point_mask)
+            second: JointMAEModelOutput = self.joint_mae(second_point_values)
+            loss_agreement = agreement_loss(first.pooler_output, second.pooler_output, config.agreement_temperature)
             loss = loss + config.agreement_loss_weight * loss_agreement
         return JointMAEForPreTrainingOutput(
             loss=loss,

@@ -374,9 +374,11 @@ def test_every_parameter_has_a_gradient():
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_agreement_finds_the_other_view_of_each_shape():
+@pytest.mark.parametrize("of_visible", [True, False])
+def test_agreement_finds_the_other_view_of_each_shape(of_visible):
     """Two views of a shape share it; swapping them between shapes makes the comparison wrong."""
-    config = tiny_config(point_loss_weight=0.0, pixel_loss_weight=0.0, cross_loss_weight=0.0, agreement_loss_weight=2)
+    weights = {"point_loss_weight": 0.0, "pixel_loss_weight": 0.0, "cross_loss_weight": 0.0}
+    config = tiny_config(**weights, agreement_loss_weight=2, agreement_of_visible=of_visible)
     torch.manual_seed(0)
     model = JointMAEForPreTraining(config).train()
     inputs = masked_inputs(4)
@@ -392,6 +394,9 @@ def test_agreement_finds_the_other_view_of_each_shape():
     right = model(**inputs, second_point_values=second).loss_agreement
     wrong = model(**inputs, second_point_values=second.roll(1, 0)).loss_agreement
     assert right < 0.3 < math.log(4) < wrong
+    hidden = dict(inputs, point_noise=inputs["point_noise"].flip(1))  # other tokens stay visible
+    changed = model(**hidden, second_point_values=second).loss_agreement
+    assert torch.equal(changed, right) != of_visible
 
 
 def test_agreement_is_blind_to_scale_and_offset_of_features():
