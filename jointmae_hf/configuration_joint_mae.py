@@ -97,6 +97,13 @@ class JointMAEConfig(PreTrainedConfig):
             Weight of the 3D loss. The defaults balance the gradients on the encoder at the start [ours].
         pixel_loss_weight (`float`, defaults to 1.0): Weight of the 2D loss.
         cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
+        agreement_loss_weight (`float`, defaults to 0.0):
+            Weight of the agreement loss: the pooled 3D tokens of a shape tell another view of it from those of the
+            other shapes that a process or thread has in its batch, so let it have 64 or more [ours]. 0 is the method
+            as published, without other views.
+        agreement_of_visible (`bool`, defaults to `True`):
+            Whether the visible tokens of the first view stand for it, or all of them, at the cost of another pass.
+        agreement_temperature (`float`, defaults to 0.1): Temperature of that comparison [relative, CrossPoint].
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
         classifier_num_layers (`int`, defaults to 3): Layers of the classification head [relative]; 1 is a linear one.
@@ -154,6 +161,9 @@ class JointMAEConfig(PreTrainedConfig):
     point_loss_weight: float | int = 10.0
     pixel_loss_weight: float | int = 1.0
     cross_loss_weight: float | int = 0.2
+    agreement_loss_weight: float | int = 0.0
+    agreement_of_visible: bool = True
+    agreement_temperature: float | int = 0.1
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5
     classifier_num_layers: int = 3
@@ -223,6 +233,7 @@ class JointMAEConfig(PreTrainedConfig):
             "classifier_num_layers",
         ):
             self._require(name, getattr(self, name) > 0, "a positive integer")
+        self._require("agreement_temperature", self.agreement_temperature > 0, "more than 0")
         for name in (
             "image_embed_depth",
             "decoder_num_shared_layers",
@@ -231,6 +242,7 @@ class JointMAEConfig(PreTrainedConfig):
             "point_loss_weight",
             "pixel_loss_weight",
             "cross_loss_weight",
+            "agreement_loss_weight",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):

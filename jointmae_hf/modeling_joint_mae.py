@@ -55,6 +55,9 @@ from .geometry_joint_mae import (
 )
 
 
+_EPS = 1e-6
+
+
 @dataclass
 class JointMAEModelOutput(ModelOutput):
     """
@@ -94,6 +97,8 @@ class JointMAEForPreTrainingOutput(ModelOutput):
         loss_2d (`torch.FloatTensor` of shape `()`, *optional*): Mean squared depth error of masked patches.
         loss_cross (`torch.FloatTensor` of shape `()`, *optional*):
             How far reconstructed points stand before the depth image, squared.
+        loss_agreement (`torch.FloatTensor` of shape `()`, *optional*):
+            Cross-entropy of finding the other view of each shape among those of the batch.
         reconstructed_points (`torch.FloatTensor` of shape `(batch, masked tokens, num_target_points, 3)`):
             In the coordinates of `point_values`.
         reconstructed_patches (`torch.FloatTensor` of shape `(batch, masked patches, patch_size ** 2 * num_channels)`):
@@ -113,6 +118,7 @@ class JointMAEForPreTrainingOutput(ModelOutput):
     loss_3d: torch.FloatTensor | None = None
     loss_2d: torch.FloatTensor | None = None
     loss_cross: torch.FloatTensor | None = None
+    loss_agreement: torch.FloatTensor | None = None
     reconstructed_points: torch.FloatTensor | None = None
     reconstructed_patches: torch.FloatTensor | None = None
     mask_3d: torch.FloatTensor | None = None
@@ -638,6 +644,30 @@ def pool_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens.mean(1), tokens.amax(1)], dim=-1)
 
 
+def agreement_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    How well each shape's second view is told from those of the other shapes, and back: InfoNCE both ways [ours].
+
+    Features are compared as a linear classifier will see them, each standardised over the batch, and not behind a
+    projection head, behind which they may collapse onto few directions.
+
+    Args:
+        first, second: pooled tokens `(batch, width)` of two views of the same shapes; the batch is what is compared.
+        temperature: of the cosine similarities.
+
+    Returns:
+        float32 `()`, log(batch) by chance.
+    """
+    first, second = (
+        nn.functional.normalize((view - view.mean(0)) / (view.var(0, unbiased=False) + _EPS).sqrt(), dim=1)
+        for view in (first.float(), second.float())
+    )
+    with torch.autocast(first.device.type, enabled=False):
+        scores = first @ second.T / temperature  # (batch, batch)
+    same = torch.arange(len(scores), device=scores.device)
+    return (nn.functional.cross_entropy(scores, same) + nn.functional.cross_entropy(scores.T, same)) / 2
+
+
 class JointMAEDecoder(nn.Module):
     """
     Joint decoder: mask tokens enter before the modal-shared part, then one decoder for each modality.
@@ -713,7 +743,7 @@ class JointMAEDecoder(nn.Module):
 
 
 class JointMAEForPreTraining(JointMAEPreTrainedModel):
-    """Joint-MAE with its decoders and the three losses."""
+    """Joint-MAE with its decoders and the three losses; on demand, agreement with another view as a fourth."""
 
     def __init__(self, config: JointMAEConfig):
         super().__init__(config)
@@ -734,6 +764,7 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         point_noise: torch.FloatTensor | None = None,
         patch_noise: torch.FloatTensor | None = None,
         image_dropped: torch.BoolTensor | None = None,
+        second_point_values: torch.FloatTensor | None = None,
         return_loss: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> JointMAEForPreTrainingOutput:
@@ -753,9 +784,16 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             patch_noise (`torch.FloatTensor` of shape `(batch, num_patches)`, *optional*): The same for the 2D mask.
             image_dropped (`torch.BoolTensor` of shape `(batch,)`, *optional*):
                 Where true, 3D tokens do not see 2D tokens. Drawn with `modality_dropout` in training when left out.
+            second_point_values (`torch.FloatTensor` of shape `(batch, num_points, 3)`, *optional*):
+                Another view of the same shapes - other points, another augmentation - without padding. Required in
+                training with `agreement_loss_weight`; outside of it that loss is left out along with them.
             return_loss (`bool`, defaults to `True`): Kept for `Trainer`; the losses are always returned.
+
+        Raises:
+            ValueError: if a shape is wrong, or an input that the configuration asks for is missing.
         """
         config = self.config
+        self._check_second(point_values, second_point_values)
         batch_size, device = point_values.shape[0], point_values.device
         if config.use_image_branch and pixel_values is None:
             if view is None:
@@ -805,11 +843,18 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             if config.use_cross_loss:
                 loss_cross = depth_consistency(reconstructed.flatten(1, 2), projection, pixel_values).mean()
                 loss = loss + config.cross_loss_weight * loss_cross
+        loss_agreement = None
+        if second_point_values is not None:
+            first = outputs if config.agreement_of_visible else self.joint_mae(point_values, point_mask=point_mask)
+            second: JointMAEModelOutput = self.joint_mae(second_point_values)
+            loss_agreement = agreement_loss(first.pooler_output, second.pooler_output, config.agreement_temperature)
+            loss = loss + config.agreement_loss_weight * loss_agreement
         return JointMAEForPreTrainingOutput(
             loss=loss,
             loss_3d=loss_3d,
             loss_2d=loss_2d,
             loss_cross=loss_cross,
+            loss_agreement=loss_agreement,
             reconstructed_points=reconstructed,
             reconstructed_patches=patch_output,
             mask_3d=self._mask(masked_tokens, config.num_centers[-1]),
@@ -822,6 +867,23 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_second(self, points: torch.Tensor, second: torch.Tensor | None):
+        compares = self.config.agreement_loss_weight > 0
+        if second is not None and not compares:
+            raise ValueError(
+                "`second_point_values` was given, but the model compares no views (`agreement_loss_weight` is 0)."
+            )
+        if second is None and compares and self.training:
+            raise ValueError(
+                "`second_point_values` is missing; training with `agreement_loss_weight` "
+                f"{self.config.agreement_loss_weight} expects another view of each cloud."
+            )
+        if second is not None and second.shape != points.shape:
+            raise ValueError(
+                f"`second_point_values` has shape {tuple(second.shape)}, expected that of `point_values`, "
+                f"{tuple(points.shape)}."
+            )
 
     def _point_loss(
         self, offsets: torch.Tensor, centers: torch.Tensor, points: torch.Tensor, point_mask: torch.Tensor | None

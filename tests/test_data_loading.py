@@ -345,6 +345,18 @@ def stream_batches(stream, size=4, buffer=0, processes=1, rank=0, position=None)
     )
 
 
+def test_a_second_view_is_another_one_and_leaves_the_rest_alone():
+    clouds, keys = random_clouds([200, 300]), [(0, 0), (0, 1)]
+    config = small_config()
+    comparing = small_config(agreement_loss_weight=1.0)
+    alone = PreTrainingCollator(config, Augmentation(), 0)(clouds, keys)
+    both = PreTrainingCollator(comparing, Augmentation(), 0)(clouds, keys)
+    assert set(both) - set(alone) == {"second_point_values"}
+    assert all(torch.equal(both[name], alone[name]) for name in alone)
+    first, second = both["point_values"], both["second_point_values"]
+    assert first.shape == second.shape and (first.mean(1) - second.mean(1)).abs().amax() > 0.01
+
+
 def test_a_stream_in_order_gives_the_samples_of_the_table():
     clouds = random_clouds(range(60, 70))
     collator = PreTrainingCollator(small_config(), Augmentation(), 0)

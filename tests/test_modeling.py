@@ -1,6 +1,7 @@
 """The method: what is hidden stays hidden, attention reaches where it should, and every switch does what it says."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from jointmae_hf.geometry_joint_mae import (
     project_points,
     view_projection,
 )
-from jointmae_hf.modeling_joint_mae import patchify, random_mask
+from jointmae_hf.modeling_joint_mae import agreement_loss, patchify, random_mask
 
 
 TINY = {
@@ -361,14 +362,64 @@ def test_every_parameter_has_a_gradient():
     """Parameters that no loss reaches stop distributed training."""
     labels = {"labels": torch.tensor([0, 1])}
     parts = {"labels": torch.zeros(2, 128, dtype=torch.int64)}
-    for model_class, inputs in (
-        (JointMAEForPreTraining, masked_inputs()),
-        (JointMAEForPointCloudClassification, {"point_values": clouds()} | labels),
-        (JointMAEForPartSegmentation, {"point_values": clouds()} | parts),
+    comparing = tiny_config(agreement_loss_weight=1.0)
+    for model_class, config, inputs in (
+        (JointMAEForPreTraining, None, masked_inputs()),
+        (JointMAEForPreTraining, comparing, masked_inputs() | {"second_point_values": clouds(seed=1)}),
+        (JointMAEForPointCloudClassification, None, {"point_values": clouds()} | labels),
+        (JointMAEForPartSegmentation, None, {"point_values": clouds()} | parts),
     ):
-        model = build(model_class).train()
+        model = build(model_class, config).train()
         model(**inputs).loss.backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("of_visible", [True, False])
+def test_agreement_finds_the_other_view_of_each_shape(of_visible):
+    """Two views of a shape share it; swapping them between shapes makes the comparison wrong."""
+    weights = {"point_loss_weight": 0.0, "pixel_loss_weight": 0.0, "cross_loss_weight": 0.0}
+    config = tiny_config(**weights, agreement_loss_weight=2, agreement_of_visible=of_visible)
+    torch.manual_seed(0)
+    model = JointMAEForPreTraining(config).train()
+    inputs = masked_inputs(4)
+    second = inputs["point_values"].flip(1) * 1.1  # another order, another size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(30):
+        output = model(**inputs, second_point_values=second)
+        torch.testing.assert_close(output.loss, 2 * output.loss_agreement)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    model.eval()
+    right = model(**inputs, second_point_values=second).loss_agreement
+    wrong = model(**inputs, second_point_values=second.roll(1, 0)).loss_agreement
+    assert right < 0.3 < math.log(4) < wrong
+    hidden = dict(inputs, point_noise=inputs["point_noise"].flip(1))  # other tokens stay visible
+    changed = model(**hidden, second_point_values=second).loss_agreement
+    assert torch.equal(changed, right) != of_visible
+
+
+def test_agreement_is_blind_to_scale_and_offset_of_features():
+    first = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    scale, offset = torch.tensor([1.0, 100.0, 0.01, 5.0, 1.0, 1.0]), torch.tensor([0.0, 50.0, 0.0, -3.0, 0.0, 1.0])
+    second = first + 0.1
+    value = agreement_loss(first, second, 0.1)
+    torch.testing.assert_close(agreement_loss(first * scale + offset, second, 0.1), value, rtol=0.02, atol=1e-4)
+    assert value < 0.05 < math.log(8) < agreement_loss(first, second.flip(0), 0.1)
+
+
+def test_agreement_is_off_unless_asked_for():
+    inputs, second = masked_inputs(), clouds(seed=1)
+    faithful = build(JointMAEForPreTraining)
+    comparing = build(JointMAEForPreTraining, tiny_config(agreement_loss_weight=1.0))
+    assert faithful(**inputs).loss_agreement is None
+    assert comparing(**inputs).loss_agreement is None  # evaluation goes without another view
+    with pytest.raises(ValueError, match="`second_point_values` was given, but"):
+        faithful(**inputs, second_point_values=second)
+    with pytest.raises(ValueError, match=r"`second_point_values` has shape \(2, 64, 3\), expected"):
+        comparing(**inputs, second_point_values=second[:, :64])
+    with pytest.raises(ValueError, match="`second_point_values` is missing"):
+        comparing.train()(**inputs)
 
 
 @pytest.mark.parametrize("field", ["norm_point_loss", "norm_pixel_loss"])
@@ -694,6 +745,8 @@ def test_configuration_survives_json(tmp_path):
         ("point_loss_weight", -1.0, "0 or more"),
         ("pixel_loss_weight", -1.0, "0 or more"),
         ("cross_loss_weight", -1.0, "0 or more"),
+        ("agreement_loss_weight", -1.0, "0 or more"),
+        ("agreement_temperature", 0.0, "more than 0"),
         ("classifier_hidden_size", 0, "a positive integer"),
         ("classifier_num_layers", 0, "a positive integer"),
         ("num_object_classes", -1, "0 or more"),

@@ -34,6 +34,7 @@ _READ_ROWS = 256
 class PreTrainingCollator:
     """
     Makes the inputs of [`JointMAEForPreTraining`] from raw clouds: subsample, normalise, augment, draw view and masks.
+    Where the configuration compares views of a shape, all but the masks is done a second time.
 
     The model projects the points that it is given, so the depth image is one of the augmented cloud.
 
@@ -49,6 +50,7 @@ class PreTrainingCollator:
         self.num_patches = config.num_patches
         self.modality_dropout = config.modality_dropout
         self.use_image_branch = config.use_image_branch
+        self.compares_views = config.agreement_loss_weight > 0
         self.augmentation = augmentation
         self.seed = seed
 
@@ -60,51 +62,73 @@ class PreTrainingCollator:
 
         Returns:
             `point_values`, and what the model would else draw itself: `point_noise`, and with a 2D branch `view`,
-            `patch_noise` and, if the configuration has modality dropout, `image_dropped`.
+            `patch_noise` and, if the configuration has modality dropout, `image_dropped`; `second_point_values` where
+            it compares views.
         """
-        points, matrix, shift, noise = self.draw(clouds, keys)
-        points = apply_affine(points, matrix, shift)
-        return {"point_values": torch.from_numpy(points), **noise}
+        views, batch = self.draw(clouds, keys)
+        for name, view in zip(("point_values", "second_point_values"), views, strict=False):
+            batch[name] = torch.from_numpy(apply_affine(normalize_clouds(view.points), view.matrix, view.shift))
+        return batch
 
     def draw(
         self, clouds: Sequence[np.ndarray | None], keys: Sequence[tuple[int, int]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, torch.Tensor]]:
+    ) -> tuple[list["View"], dict[str, torch.Tensor]]:
         """
-        All that is random, before the clouds are augmented.
+        All that is random, before the clouds are normalised and augmented.
 
         Args:
             clouds: as above; `None` where a cloud of `num_points` is made later.
             keys: (epoch, index) of each sample.
 
         Returns:
-            The clouds that there are, subsampled and normalised, float32 `(clouds, num_points, 3)`; the map of each
-            sample, `(batch, 3, 3)` and `(batch, 3)`; and the inputs of the model other than points.
+            One view of the samples, or two where the configuration compares them; and the inputs of the model other
+            than points.
         """
         size = len(clouds)
-        points = np.empty((sum(cloud is not None for cloud in clouds), self.num_points, 3), dtype=np.float32)
-        matrix, shift = np.empty((size, 3, 3)), np.empty((size, 3))
-        view = np.empty(size, dtype=np.int64)
+        num_present = sum(cloud is not None for cloud in clouds)
+        views = [View(size, num_present, self.num_points) for _ in range(2 if self.compares_views else 1)]
+        projected = np.empty(size, dtype=np.int64)
         point_noise = np.empty((size, self.num_tokens), dtype=np.float32)
         patch_noise = np.empty((size, self.num_patches), dtype=np.float32)
         dropped = np.empty(size, dtype=bool)
-        filled = 0
         for row, (cloud, (epoch, index)) in enumerate(zip(clouds, keys, strict=True)):
             generator = counter_generator(self.seed, SAMPLES, epoch, index)
-            if cloud is not None:
-                points[filled] = cloud[subsample(generator, len(cloud), self.num_points)]
-                filled += 1
-            matrix[row], shift[row] = self.augmentation.draw(generator)
-            view[row] = generator.integers(len(VIEW_AXES))
+            views[0].draw(row, cloud, self.augmentation, generator)
+            projected[row] = generator.integers(len(VIEW_AXES))
             point_noise[row] = generator.random(self.num_tokens, dtype=np.float32)
             patch_noise[row] = generator.random(self.num_patches, dtype=np.float32)
             dropped[row] = generator.random() < self.modality_dropout
+            for second in views[1:]:  # last, so that all else is what it is without a second view
+                second.draw(row, cloud, self.augmentation, generator)
         noise = {"point_noise": torch.from_numpy(point_noise)}
         if self.use_image_branch:
-            noise["view"] = torch.from_numpy(view)
+            noise["view"] = torch.from_numpy(projected)
             noise["patch_noise"] = torch.from_numpy(patch_noise)
             if self.modality_dropout > 0:
                 noise["image_dropped"] = torch.from_numpy(dropped)
-        return normalize_clouds(points), matrix, shift, noise
+        return views, noise
+
+
+class View:
+    """
+    One view of the samples of a batch: which of their points it has, and the map that it goes through.
+
+    Attributes:
+        points: float32 `(present, num_points, 3)`, of the samples whose cloud there is, in their order.
+        matrix, shift: `(batch, 3, 3)` and `(batch, 3)`, of all samples.
+    """
+
+    def __init__(self, size: int, num_present: int, num_points: int):
+        self.points = np.empty((num_present, num_points, 3), dtype=np.float32)
+        self.matrix, self.shift = np.empty((size, 3, 3)), np.empty((size, 3))
+        self._filled = 0
+
+    def draw(self, row: int, cloud: np.ndarray | None, augmentation: Augmentation, generator: np.random.Generator):
+        """Draws what is random for a sample. Samples come in order."""
+        if cloud is not None:
+            self.points[self._filled] = cloud[subsample(generator, len(cloud), self.points.shape[1])]
+            self._filled += 1
+        self.matrix[row], self.shift[row] = augmentation.draw(generator)
 
 
 class EpochBatches(Dataset):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .augmentation import ORDER, counter_generator
+from .augmentation import ORDER, counter_generator, normalize_clouds
 from .collation import PreTrainingCollator, split_batch
 from .loading import PointClouds, check_column, load_point_clouds, load_point_dataset
 from .procedural import finish_clouds, procedural_clouds, surface_points
@@ -173,10 +173,10 @@ class MixedBatches(Dataset):
     def _deferred_batch(
         self, clouds: list[Any], keys: list[tuple[int, int]], recipes: np.ndarray
     ) -> dict[str, torch.Tensor]:
-        points, matrix, shift, batch = self.collator.draw(clouds, keys)
+        (view,), batch = self.collator.draw(clouds, keys)
         missing = np.array([cloud is None for cloud in clouds])
-        batch |= {"clouds": torch.from_numpy(points), "is_recipe": torch.from_numpy(missing)}
-        batch |= {"matrix": torch.from_numpy(matrix).float(), "shift": torch.from_numpy(shift).float()}
+        batch |= {"clouds": torch.from_numpy(normalize_clouds(view.points)), "is_recipe": torch.from_numpy(missing)}
+        batch |= {"matrix": torch.from_numpy(view.matrix).float(), "shift": torch.from_numpy(view.shift).float()}
         batch["recipes"] = torch.from_numpy(recipes[missing].view(np.uint8))
         return batch
 

@@ -68,6 +68,8 @@ def joint_mae(config: JointMAEConfig, pretraining: bool = True) -> list[Work]:
         work += block("encoder", visible, visible, width, config.intermediate_size)
     if pretraining:
         work += _decoder(config, tokens, patches) + _losses(config)
+        if config.agreement_loss_weight > 0:
+            work += joint_mae(config, pretraining=False) * (1 if config.agreement_of_visible else 2)
     return work
 
 

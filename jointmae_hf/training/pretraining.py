@@ -5,7 +5,8 @@ Notable choices:
 - A run is a pure function of its arguments. Batches are a function of (seed, epoch, indices), the learning rate of the
   step, and torch's generator is seeded anew at each step, so a resumed run repeats an uninterrupted one bit for bit.
 - `batch_size` counts the samples of an optimizer step. How they spread over processes and accumulation steps changes
-  the losses by rounding only (and by which samples stochastic depth drops, where there is any).
+  the losses by rounding only (and by which samples stochastic depth drops and which shapes are compared with each
+  other, where the configuration has either).
 - Losses are averaged over processes at each step in one tensor, which carries the wish to stop too: all processes see
   a loss that is not finite, or a signal, at the same step. On a GPU that tensor is read one step late, so that nothing
   waits for it, and the next batches are made and moved by a thread meanwhile.
@@ -281,11 +282,12 @@ class PreTrainer:
     def _load_mixture(self, collator: PreTrainingCollator):
         arguments = self.arguments
         weights = parse_mixture(arguments.train_data)
+        # Two views of a shape are to hold different points.
+        num_points = self.config.num_points * (2 if collator.compares_views else 1)
         with self.accelerator.main_process_first():
-            sources = open_sources(
-                list(weights), self.config.num_points, arguments.seed, arguments.split, arguments.points_column
-            )
-        self.data = MixedBatches(sources, weights, collator, deferred=self.on_gpu, **self.layout)
+            sources = open_sources(list(weights), num_points, arguments.seed, arguments.split, arguments.points_column)
+        deferred = self.on_gpu and not collator.compares_views
+        self.data = MixedBatches(sources, weights, collator, deferred=deferred, **self.layout)
         self.fingerprint = self.data.fingerprint()
 
     def _load_stream(self, collator: PreTrainingCollator):
@@ -354,6 +356,8 @@ class PreTrainer:
             self.loss_weights["loss_2d"] = config.pixel_loss_weight
             if config.use_cross_loss:
                 self.loss_weights["loss_cross"] = config.cross_loss_weight
+        if config.agreement_loss_weight > 0:
+            self.loss_weights["loss_agreement"] = config.agreement_loss_weight
         self.flops = training_flops(config)
         peak = peak_flops(self.accelerator.device, arguments.mixed_precision)
         self.peak = None if peak is None else peak * self.accelerator.num_processes
