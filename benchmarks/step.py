@@ -21,7 +21,9 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -118,7 +120,8 @@ def serve(connection: Connection, spec: Spec):
             task, *sizes = request
             connection.send(getattr(bench, task)(*sizes))
     except Exception:
-        connection.send({"error": traceback.format_exc()})
+        traceback.print_exc()
+        connection.send({"error": traceback.format_exc(limit=0).strip().splitlines()[-1]})
 
 
 class Bench:
@@ -217,7 +220,7 @@ class Worker:
             answer = {"error": f"the process ended with code {self.process.exitcode}"}
         self.error = answer.get("error")
         if self.error is not None:
-            print(f"{self.spec.contender}, {self.spec.setting}: {self.error.splitlines()[-1]}", flush=True)
+            print(f"{self.spec.contender}, {self.spec.setting}: {self.error}", flush=True)
         return answer
 
     def close(self):
@@ -451,7 +454,9 @@ def main():
         for setting in settings(arguments.compiled)
     ]
     torch.set_num_threads(arguments.threads)
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     result: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/step.py", *words]),
         "machine": {
             "device": device_name(torch.device("cpu")),
             "cores": os.cpu_count(),
