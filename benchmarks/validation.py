@@ -19,6 +19,7 @@ import numpy as np
 from jointmae_hf import JointMAEForPreTraining
 from jointmae_hf.data.augmentation import normalize_clouds
 from jointmae_hf.evaluation import extract_features
+from jointmae_hf.evaluation.linear_svm import standardize
 from jointmae_hf.training.pretraining import build_untrained_model, device_name, versions
 
 
@@ -62,9 +63,7 @@ def predict(train: np.ndarray, labels: np.ndarray, features: np.ndarray) -> np.n
     """Labels of `features` by the classifier of `linear_svm`, its kernel computed beforehand, which is faster."""
     from sklearn.svm import SVC
 
-    mean, deviation = train.mean(0), train.std(0)
-    deviation = np.where(deviation > 0, deviation, 1.0)
-    train, features = (((part - mean) / deviation).astype(np.float64) for part in (train, features))
+    train, features = (part.astype(np.float64) for part in standardize(train, features))
     return SVC(kernel="precomputed", C=0.01).fit(train @ train.T, labels).predict(features @ train.T)
 
 

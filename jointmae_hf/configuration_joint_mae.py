@@ -99,7 +99,7 @@ class JointMAEConfig(PreTrainedConfig):
         cross_loss_weight (`float`, defaults to 0.2): Weight of the cross-reconstruction loss.
         agreement_loss_weight (`float`, defaults to 0.0):
             Weight of the agreement loss: the pooled 3D tokens of a shape tell another view of it from those of the
-            other shapes that a process or thread has in its batch, so let it have 64 or more [ours]. 0 is the method
+            other shapes that a process has in its batch, so let it have 64 or more [ours]. 0 is the method
             as published, without other views.
         agreement_of_visible (`bool`, defaults to `True`):
             Whether the visible tokens of the first view stand for it, or all of them, at the cost of another pass.

@@ -469,6 +469,7 @@ class JointMAEPreTrainedModel(PreTrainedModel):
     main_input_name = "point_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # for `Trainer`: losses are means over the batch that they are given
     _no_split_modules = ["JointMAEPointEmbeddings", "JointMAEImageEmbeddings", "JointMAELayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -785,8 +786,9 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             image_dropped (`torch.BoolTensor` of shape `(batch,)`, *optional*):
                 Where true, 3D tokens do not see 2D tokens. Drawn with `modality_dropout` in training when left out.
             second_point_values (`torch.FloatTensor` of shape `(batch, num_points, 3)`, *optional*):
-                Another view of the same shapes - other points, another augmentation - without padding. Required in
-                training with `agreement_loss_weight`; outside of it that loss is left out along with them.
+                Another view of the same shapes - another augmentation, and other points where there are more of them -
+                without padding. Required in training with `agreement_loss_weight`; outside of it that loss is left out
+                along with them.
             return_loss (`bool`, defaults to `True`): Kept for `Trainer`; the losses are always returned.
 
         Raises:

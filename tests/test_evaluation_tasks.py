@@ -78,7 +78,7 @@ def test_untrained_weights_are_those_that_pretraining_starts_from(make, pretrain
     result = evaluate_linear_svm(make(untrained=True, seeds=[0, 1]))
     assert result.model["initialization"] == "untrained" and result.model["weights"] is None
     first, second = (load_encoder(pretrained, True, seed) for seed in (0, 1))
-    assert not torch.equal(first.layernorm.weight + first.modality_embeddings[0, 0], second.modality_embeddings[0])
+    assert not torch.equal(first.modality_embeddings, second.modality_embeddings)
     from jointmae_hf.training.pretraining import build_untrained_model
 
     expected = build_untrained_model(JointMAEConfig.from_pretrained(pretrained), 1).joint_mae
@@ -213,6 +213,10 @@ def test_class_miou_weighs_classes_and_instance_miou_shapes():
     metrics = segmentation_metrics([right, right, wrong], [right] * 3, np.array([0, 0, 1]), allowed)
     assert metrics["instance_miou"] == pytest.approx(200 / 3) and metrics["class_miou"] == 50.0
     assert metrics["point_accuracy"] == pytest.approx(200 / 3)
+    unlabelled = np.array([-100, -100])
+    assert segmentation_metrics([wrong, right], [unlabelled, right], np.array([0, 0]), allowed)["instance_miou"] == 100
+    with pytest.raises(ValueError, match="no labelled point"):
+        segmentation_metrics([right], [unlabelled], np.array([0]), allowed)
 
 
 def test_clouds_of_any_size_are_segmented_whole(dataset):

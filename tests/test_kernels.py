@@ -102,7 +102,7 @@ def test_neighbors_come_with_their_offsets(plain_torch):
         assert_same(plain_torch, geometry.group_nearest, points, points[:, 3:90] + 0.01, 9, point_mask)
 
 
-@pytest.mark.parametrize("num_visible", [None, 1, 3, 16])
+@pytest.mark.parametrize("num_visible", [None, 0, 1, 3, 16])
 @pytest.mark.parametrize("kind", ["random", "duplicates", "grid"])
 def test_groups_of_all_scales(kind, num_visible, plain_torch):
     points = clouds(kind)

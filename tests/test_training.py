@@ -54,6 +54,7 @@ CONFIG = (
 )
 # All that is random: what a resumed run could get wrong.
 RANDOM_CONFIG = CONFIG + ",drop_path_rate=0.3,modality_dropout=0.3"
+AGREEING_CONFIG = CONFIG + ",agreement_loss_weight=1"
 # What differs between two runs of the same: how long they took.
 TIMES = {"seconds", "samples_per_second"}
 
@@ -392,9 +393,31 @@ def test_threads_share_a_batch_and_change_rounding_only(make, accumulation):
     assert_same_run(make("again").output_dir, make("shared").output_dir)
 
 
-@pytest.mark.parametrize("overrides", [{"config_overrides": RANDOM_CONFIG}, {"batch_size": 5}])
+@pytest.mark.parametrize(
+    "overrides", [{"config_overrides": RANDOM_CONFIG}, {"config_overrides": AGREEING_CONFIG}, {"batch_size": 5}]
+)
 def test_threads_do_not_share_what_they_would_change(make, overrides):
     assert PreTrainer(make("run", num_threads=2, **overrides)).threads is None
+
+
+def test_views_of_the_whole_batch_are_compared_and_resumed_exactly(make):
+    common = {"config_overrides": AGREEING_CONFIG, "max_steps": 6}
+    pretrain(make("whole", **common))
+    first = log(make("whole").output_dir)[0]
+    assert first["grad_norm_agreement"] > 0 and 0.1 < first["loss_agreement"] < 2 * math.log(8)
+    pretrain(make("resumed", **common, resume_from_checkpoint=f"{make('whole').output_dir}/checkpoint-3"))
+    assert_same_run(make("resumed").output_dir, make("whole").output_dir)
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 2"):
+        pretrain(
+            make(
+                "parts",
+                **common,
+                resume_from_checkpoint=f"{make('whole').output_dir}/checkpoint-3",
+                gradient_accumulation_steps=2,
+            )
+        )
+    with pytest.raises(ValueError, match="`batch_size` is 4, one sample"):
+        pretrain(make("single", **common, batch_size=4, gradient_accumulation_steps=4))
 
 
 def test_measuring_gradients_does_not_disturb_training(make):

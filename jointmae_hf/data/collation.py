@@ -34,7 +34,7 @@ _READ_ROWS = 256
 class PreTrainingCollator:
     """
     Makes the inputs of [`JointMAEForPreTraining`] from raw clouds: subsample, normalise, augment, draw view and masks.
-    Where the configuration compares views of a shape, all but the masks is done a second time.
+    Where the configuration compares views of a shape, all but view and masks is done a second time.
 
     The model projects the points that it is given, so the depth image is one of the augmented cloud.
 

@@ -124,7 +124,7 @@ def stratified_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
 
 def validation_rows(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Rows to train on and rows to validate on: a share of every class, rounded down to leave the class one at least.
+    Rows to train on and rows to validate on: a share of every class, rounded, that leaves the class one at least.
 
     Args:
         labels: integers `(rows,)`.

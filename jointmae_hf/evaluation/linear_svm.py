@@ -37,11 +37,16 @@ def linear_svm(
             raise ValueError(f"`{name}` has {len(labels)} entries, expected one for each of {len(features)} clouds.")
     if len(np.unique(train_labels)) < 2:
         raise ValueError("`train_labels` holds fewer than two classes; there is nothing to tell apart.")
+    train_features, test_features = standardize(train_features, test_features)
+    classifier = SVC(kernel="linear", C=C).fit(train_features, train_labels)
+    return accuracies(classifier.predict(test_features), test_labels)
+
+
+def standardize(train_features: np.ndarray, test_features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both about the mean of the training split, in units of its deviation; a constant feature keeps its unit."""
     mean, deviation = train_features.mean(0), train_features.std(0)
     deviation = np.where(deviation > 0, deviation, 1.0)
-    classifier = SVC(kernel="linear", C=C)
-    classifier.fit((train_features - mean) / deviation, train_labels)
-    return accuracies(classifier.predict((test_features - mean) / deviation), test_labels)
+    return (train_features - mean) / deviation, (test_features - mean) / deviation
 
 
 def accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

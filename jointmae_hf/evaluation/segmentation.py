@@ -115,8 +115,15 @@ def segmentation_metrics(
         predicted, labels: parts of the points of each shape; -100 is left out.
         object_classes: class of each shape.
         allowed_parts: boolean `(classes, parts)`.
+
+    Raises:
+        ValueError: if no shape has a labelled point. Shapes without any are left out.
     """
-    shapes = zip(predicted, labels, object_classes, strict=True)
+    shapes = [shape for shape in zip(predicted, labels, object_classes, strict=True) if (shape[1] >= 0).any()]
+    if not shapes:
+        raise ValueError("`labels` holds no labelled point; there is nothing to measure.")
+    predicted, labels, object_classes = zip(*shapes, strict=True)
+    object_classes = np.array(object_classes)
     scores = np.array([part_iou(found, wanted, allowed_parts[label]) for found, wanted, label in shapes])
     by_class = [scores[object_classes == label].mean() for label in np.unique(object_classes)]
     found, wanted = np.concatenate(predicted), np.concatenate(labels)

@@ -22,7 +22,7 @@ from ..data.loading import fixed_subsample
 from .features import extract_features
 from .few_shot import draw_fold
 from .histograms import random_forest, shape_histograms
-from .linear_svm import accuracies, linear_svm
+from .linear_svm import accuracies, linear_svm, standardize
 from .results import TaskResult, provenance, summarize_runs, weights_digest, write_result
 from .retrieval import retrieval_metrics
 
@@ -66,7 +66,9 @@ class FrozenTaskArguments:
     device: str | None = _argument(
         None, "Where the network runs, such as cpu or cuda (default: a GPU if there is one)."
     )
-    output: str | None = _argument(None, "File of the result (default: outputs/TASK/result.json).")
+    output: str | None = _argument(
+        None, "File of the result (default: outputs/TASK-KIND/result.json, KIND as in the result: pretrained, ...)."
+    )
 
     def __post_init__(self):
         for name in ("num_points", "batch_size"):
@@ -207,8 +209,7 @@ def evaluate_retrieval(arguments: RetrievalArguments) -> TaskResult:
 
     def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
         train_features, test_features = task.features(seed)
-        mean, deviation = train_features.mean(0), np.maximum(train_features.std(0), 1e-9)
-        train_features, test_features = (train_features - mean) / deviation, (test_features - mean) / deviation
+        train_features, test_features = standardize(train_features, test_features)
         gallery = (train_features, task.train.labels) if arguments.gallery == "train" else ()
         metrics = retrieval_metrics(test_features, task.test.labels, *gallery)
         task.split_sizes["queries"] = metrics.pop("queries")
@@ -272,7 +273,7 @@ class _FrozenTask:
             chosen_on_test=getattr(arguments, "choose_on_test", False),
             **provenance(self.device, time.perf_counter() - self.started),
         )
-        output = Path(arguments.output or f"outputs/{self.name}/result.json")
+        output = Path(arguments.output or f"outputs/{self.name}-{result.model['initialization']}/result.json")
         write_result(result, output)
         logger.info("The result is in %s.", output)
         return result

@@ -879,6 +879,10 @@ def multiscale_groups(
     sampled = np.empty((batch_size, num_centers[0]), dtype=np.int64)
     indices = np.empty(sum(sizes), dtype=np.int64)
     offsets = np.empty((sum(sizes), 3), dtype=np.float32)
+    if num_groups[0] == 0:  # nothing to group, but the centres are wanted
+        return farthest_point_sample(torch.from_numpy(points), num_centers[0], point_mask), *map(
+            torch.from_numpy, (indices, offsets)
+        )
     _pool.run(
         lambda begin, end: _group_rows(points, mask, visible, scales, sampled, indices, offsets, begin, end),
         batch_size * num_groups[0],

@@ -1,8 +1,8 @@
 """Tables and model cards from result files.
 
-    python -m jointmae_hf.publishing tables README.md kicad outputs/*/result.json
+    python -m jointmae_hf.publishing tables README.md kicad outputs
     python -m jointmae_hf.publishing card outputs/pretrain model_cards/joint-mae-tiny --repo_id org/joint-mae-tiny \\
-        --license apache-2.0 --training outputs/pretrain/result.json --results outputs/*/result.json
+        --license apache-2.0 --training outputs/pretrain/result.json --results outputs
     python -m jointmae_hf.publishing curve few_labels.png outputs/finetune-*/result.json
 
 `tables` rewrites what stands in a file between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. `card` makes the

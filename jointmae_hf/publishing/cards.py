@@ -176,9 +176,10 @@ def _training_section(file: Path) -> str:
         run = json.loads(file.read_text(encoding="utf-8"))
         arguments = run["arguments"]
         size, steps = arguments["batch_size"], run["steps"]
-        content = ", ".join(f"{key} {value}" for key, value in run["dataset"].items())
+        parts = run["dataset"] if isinstance(run["dataset"], list) else [run["dataset"]]  # of a mixture, its sources
+        content = "; ".join(", ".join(f"{key} {value}" for key, value in part.items()) for part in parts)
         shown = {
-            "data": f"{arguments['dataset']} ({content})",
+            "data": f"{arguments.get('train_data') or arguments['dataset']} ({content})",
             "samples seen": f"{steps * size:,} ({steps:,} steps of {size})",
             "learning rate": f"{arguments['learning_rate']:g}, weight decay {arguments['weight_decay']:g}",
             "precision": arguments["mixed_precision"],

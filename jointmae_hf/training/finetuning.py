@@ -70,6 +70,7 @@ from .pretraining import (
     step_seed,
     versions,
 )
+from .sharding import is_spread
 from .signals import StopSignals
 from .threads import EncoderThreads
 
@@ -85,7 +86,6 @@ _NEUTRAL = {
     "model_name_or_path",  # compared by weights
     "num_workers",
     "num_threads",
-    "gradient_accumulation_steps",
     "seeds",
     "voting",
     "output_dir",
@@ -256,6 +256,10 @@ class FineTuner:
         self.raw_optimizer = build_optimizer(self.raw_model, arguments.learning_rate, arguments.weight_decay, _BETAS)
         self.threads = self._build_threads()
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
+        if any(is_spread(parameter) for parameter in self.raw_model.parameters()):
+            raise ValueError(
+                "fine-tuning does not spread weights over processes (FSDP), expected a launch without it."
+            )
 
     def _build_threads(self) -> EncoderThreads | None:
         """Threads that share the encoder's batches on the CPU, where there are several and the model allows it."""
@@ -301,6 +305,7 @@ class FineTuner:
         decisive["dataset"] = [self.all_train.fingerprint(), self.test.fingerprint()]
         decisive["initial_weights"] = self.initial_weights
         decisive["config"] = config_fields(self.config)
+        decisive["num_processes"] = self.accelerator.num_processes  # each normalises its own part of a batch
         return json.loads(json.dumps(decisive))
 
     # ---- Training
@@ -315,6 +320,8 @@ class FineTuner:
             self._prepare_output_dir()
         with self.stop_signals:
             self._train()
+        if self.stop_signals.received is not None and self.accelerator.num_processes == 1:
+            self._exit_on_signal()
         record = self._finish() if self.is_main else None
         self.accelerator.wait_for_everyone()
         return record
@@ -360,7 +367,7 @@ class FineTuner:
                 self._evaluate()
             if stops or is_last or (arguments.save_steps > 0 and step % arguments.save_steps == 0):
                 self._save()
-            if stops and not is_last:
+            if stops:
                 bar.close()
                 self._exit_on_signal()
         bar.close()
@@ -569,9 +576,18 @@ class SegmentationTuner(FineTuner):
         return min(self.arguments.num_points, int(np.diff(self.all_train.clouds.offsets).max()))
 
     @cached_property
-    def allowed_parts(self) -> np.ndarray:
-        """The parts that each class has in the training split, boolean `(classes, parts)`."""
-        data = self.all_train
+    def known_parts(self) -> np.ndarray:
+        """The parts that each class has in the shapes that are learned from: what may be predicted."""
+        return self._parts_of(self.train)
+
+    @cached_property
+    def scored_parts(self) -> np.ndarray:
+        """The parts that each class has in the whole training split, however little of it is learned from."""
+        return self._parts_of(self.all_train)
+
+    @staticmethod
+    def _parts_of(data: LabelledClouds) -> np.ndarray:
+        """The parts that each class has, boolean `(classes, parts)`."""
         parts = [data.parts(index) for index in range(len(data))]
         found = class_parts(parts, data.labels, len(data.class_names), len(data.part_names))
         return np.where(found.any(1, keepdims=True), found, True)  # a class that is not trained on may have any
@@ -589,10 +605,9 @@ class SegmentationTuner(FineTuner):
     def measure(self, data: LabelledClouds) -> dict[str, float]:
         clouds = [data.clouds[index] for index in range(len(data))]
         parts = [data.parts(index) for index in range(len(data))]
-        allowed = self.allowed_parts
-        given = (data.labels, allowed if self.arguments.use_object_class else None)
+        given = (data.labels, self.known_parts if self.arguments.use_object_class else None)
         found = segment_clouds(self.raw_model, clouds, self.num_points, *given, seed=self.seed)
-        return segmentation_metrics(found, parts, data.labels, allowed)
+        return segmentation_metrics(found, parts, data.labels, self.scored_parts)
 
 
 def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> TaskResult | None:

@@ -274,6 +274,11 @@ class PreTrainer:
             self._load_stream(collator)
         else:
             self._load_clouds(collator)
+        if collator.compares_views and self.data.part_size < 2:
+            raise ValueError(
+                f"`batch_size` is {arguments.batch_size}, one sample for each process and accumulation step, but "
+                "`agreement_loss_weight` compares several."
+            )
         self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
         self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
         if self.evaluates and self.is_main:
@@ -282,7 +287,7 @@ class PreTrainer:
     def _load_mixture(self, collator: PreTrainingCollator):
         arguments = self.arguments
         weights = parse_mixture(arguments.train_data)
-        # Two views of a shape are to hold different points.
+        # Each of two views draws half of the points.
         num_points = self.config.num_points * (2 if collator.compares_views else 1)
         with self.accelerator.main_process_first():
             sources = open_sources(list(weights), num_points, arguments.seed, arguments.split, arguments.points_column)
@@ -370,7 +375,8 @@ class PreTrainer:
         alone = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         random = config.drop_path_rate > 0 or config.attention_probs_dropout_prob > 0
         divides = self.data.part_size % threads == 0
-        if not alone or threads == 1 or random or not divides or self.arguments.compile:
+        compares = config.agreement_loss_weight > 0  # with the whole batch, not with a slice of it
+        if not alone or threads == 1 or random or compares or not divides or self.arguments.compile:
             return None
         return ReplicaThreads(self.raw_model, threads, self.accelerator.autocast)
 
@@ -417,6 +423,10 @@ class PreTrainer:
             )
 
         names = DECISIVE + (("shuffle_buffer_size",) if self.arguments.streaming else ())
+        if self.config.agreement_loss_weight > 0:  # these decide which shapes are compared with each other
+            names += ("gradient_accumulation_steps",)
+            if state.get("num_processes") != self.accelerator.num_processes:
+                refuse("num_processes", self.accelerator.num_processes, state.get("num_processes"))
         for name in names:
             if getattr(self.arguments, name) != state["arguments"].get(name):
                 refuse(name, getattr(self.arguments, name), state["arguments"].get(name))
@@ -445,7 +455,7 @@ class PreTrainer:
     def _train(self, batches: Iterator):
         arguments, progress = self.arguments, self.progress
         started = time.perf_counter() - progress.seconds
-        logged = (progress.step - progress.since_log.count, progress.seconds)
+        logged = (progress.step, progress.seconds)
         bar = tqdm(total=self.total_steps, initial=progress.step, disable=not self.is_main, unit="step")
         self.raw_model.train()
         for step in range(progress.step + 1, self.total_steps + 1):
@@ -602,6 +612,7 @@ class PreTrainer:
             "last_epoch": asdict(progress.last_epoch),
             "scaler": None if scaler is None else scaler.state_dict(),
             "positions": positions,
+            "num_processes": self.accelerator.num_processes,
             "versions": versions(),
         }
         save_checkpoint(
@@ -693,7 +704,6 @@ class PreTrainer:
 
         untrained = build_untrained_model(self.config, self.arguments.seed).to(self.accelerator.device).eval()
         train = self._load_table(self.arguments.split)
-        # ---- The one call of evaluation.
         return pretraining_report(
             model,
             untrained,

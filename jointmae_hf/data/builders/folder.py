@@ -53,5 +53,5 @@ def open_folder(root: str | Path, license: str = "unknown") -> ShapeSource:
         read=read_shape_file,
         license=license,
         license_note="As stated above by whoever built this set.",
-        ignored=dict(Counter(path.suffix.lower() for path in paths if path not in set(shapes))),
+        ignored=dict(Counter(path.suffix.lower() for path in paths if path.suffix.lower() not in known)),
     )
