@@ -24,7 +24,7 @@ Notable choices:
 
 # Ablation switches and options: published checkpoints keep their defaults, and the tests run both sides of each.
 # trf-ignore: TRF041 use_image_branch, use_local_alignment, use_cross_loss, position_every_layer
-# trf-ignore: TRF041 modality_dropout, norm_point_loss, norm_pixel_loss, num_object_classes
+# trf-ignore: TRF041 modality_dropout, norm_point_loss, norm_pixel_loss, num_object_classes, agreement_of_visible
 
 from collections.abc import Callable
 from dataclasses import dataclass
