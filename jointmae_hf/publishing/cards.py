@@ -70,7 +70,9 @@ def build_model_folder(source: str | Path, output: str | Path, **card: Any) -> P
             draw_losses(log, Path(staging) / "losses.png")
         text = str(model_card(staging, **card))
         (Path(staging) / "README.md").write_text(text, encoding="utf-8")
-        shutil.copytree(staging, output, dirs_exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)  # not `copytree`, which hands on that only its owner may look inside
+        for file in Path(staging).iterdir():
+            shutil.copyfile(file, output / file.name)
     return output
 
 
