@@ -227,9 +227,12 @@ class _FrozenTask:
     """Data, network and features of a task, and the loop over its seeds."""
 
     def __init__(self, name: str, arguments: FrozenTaskArguments):
+        from ..training.pretraining import git_commit
+
         self.name = name
         self.arguments = arguments
         self.started = time.perf_counter()
+        git_commit()  # the clone may move on while this runs
         self.train, self.test = load_labelled_splits(
             arguments.dataset,
             (arguments.train_split, arguments.test_split),

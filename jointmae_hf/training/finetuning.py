@@ -67,6 +67,7 @@ from .pretraining import (
     NonFiniteLossError,
     available_cores,
     config_fields,
+    git_commit,
     step_seed,
     versions,
 )
@@ -612,6 +613,7 @@ class SegmentationTuner(FineTuner):
 
 def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> TaskResult | None:
     started = time.perf_counter()
+    git_commit()  # the clone may move on while this runs
     output_dir = Path(arguments.output_dir)
     accelerator = _build_accelerator(arguments)
     arguments = replace(

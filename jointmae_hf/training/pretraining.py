@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from json import dumps, loads
@@ -170,6 +171,7 @@ class PreTrainer:
     """One run of pre-training; use [`pretrain`]."""
 
     def __init__(self, arguments: PreTrainingArguments):
+        git_commit()  # the clone may move on while this runs
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
         if arguments.dataset is None and arguments.train_data is None:
@@ -795,8 +797,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@cache
 def git_commit() -> str | None:
-    """Commit of the source that runs, where it runs from a clone."""
+    """Commit of the source, where it runs from a clone: that at the first call, so one comes before the work."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
