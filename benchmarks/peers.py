@@ -27,6 +27,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
 from jointmae_hf.geometry_joint_mae import chamfer_distance, farthest_point_sample, knn
+from jointmae_hf.modeling_joint_mae import JointMAEDropPath
 
 
 @dataclass
@@ -187,20 +188,6 @@ class ChamferDistanceL2(nn.Module):
         return chamfer_distance(predicted, target).mean()
 
 
-class DropPath(nn.Module):
-    """timm's stochastic depth."""
-
-    def __init__(self, drop_prob: float = 0.0):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return hidden_states
-        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.drop_prob
-        return hidden_states * keep.to(hidden_states.dtype) / (1 - self.drop_prob)
-
-
 def _gather(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """pointnet2_ops: `(batch, channels, points)` and `(batch, samples)` to `(batch, channels, samples)`."""
     return features.gather(2, indices.long().unsqueeze(1).expand(-1, features.shape[1], -1))
@@ -235,7 +222,7 @@ def _provide_stand_ins():
     extension.ChamferDistanceL1 = extension.ChamferDistanceL2 = ChamferDistanceL2
     _module("extensions").chamfer_dist = extension
     layers = _module("timm.models.layers")
-    layers.DropPath, layers.trunc_normal_ = DropPath, nn.init.trunc_normal_
+    layers.DropPath, layers.trunc_normal_ = JointMAEDropPath, nn.init.trunc_normal_
     _module("timm.models").layers = layers
     _module("timm").models = sys.modules["timm.models"]
     _module("easydict").EasyDict = AttributeDict

@@ -9,6 +9,8 @@ from ..configuration_joint_mae import JointMAEConfig
 
 
 def _argument(default: Any, description: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": description})
     return field(default=default, metadata={"help": description})
 
 

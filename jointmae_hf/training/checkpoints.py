@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import FeatureExtractionMixin, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from .averaging import WeightAverage
@@ -154,6 +154,18 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     finally:
         if was_enabled:
             hf_logging.enable_progress_bar()
+
+
+def save_model_folder(model: PreTrainedModel, processor: FeatureExtractionMixin, folder: Path):
+    """Model and processor in a folder that `from_pretrained` loads; each file is whole or absent, others stay."""
+    staging = folder / "model.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, staging)
+    processor.save_pretrained(staging)
+    for file in sorted(staging.iterdir()):
+        file.replace(folder / file.name)
+    staging.rmdir()
 
 
 def remove_old_checkpoints(output_dir: Path, keep: int | None):

@@ -57,7 +57,7 @@ from .checkpoints import (
     remove_unfinished,
     replace_file,
     save_checkpoint,
-    save_model,
+    save_model_folder,
 )
 from .finetuning_arguments import ClassificationArguments, FineTuningArguments, SegmentationArguments
 from .optimization import build_optimizer, learning_rate_at
@@ -479,15 +479,8 @@ class FineTuner:
         self.accelerator.wait_for_everyone()
 
     def _save_model(self, folder: Path):
-        """Model and processor in a folder that `from_pretrained` loads; each file is whole or absent."""
-        staging = self.output_dir / "model.partial"
-        shutil.rmtree(staging, ignore_errors=True)
-        save_model(self.raw_model, staging)
-        JointMAEPointCloudProcessor.from_config(self.config, num_points=self.num_points).save_pretrained(staging)
-        folder.mkdir(exist_ok=True)
-        for file in sorted(staging.iterdir()):
-            file.replace(folder / file.name)
-        staging.rmdir()
+        processor = JointMAEPointCloudProcessor.from_config(self.config, num_points=self.num_points)
+        save_model_folder(self.raw_model, processor, folder)
 
     def _exit_on_signal(self):
         if self.is_main:

@@ -1,17 +1,14 @@
 """The arguments of fine-tuning: dataclasses, from which scripts make their command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.augmentation import Augmentation
+from .arguments import _argument
 
 
 # Two recipes that the literature mixes up: a number means little without the name of its recipe.
 RECIPES = ("scale_translate", "rotate", "none")
-
-
-def _argument(default: Any, description: str) -> Any:
-    return field(default=default, metadata={"help": description})
 
 
 @dataclass
@@ -69,10 +66,7 @@ class FineTuningArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _argument(
         None, "Precision of the forward pass (default: what `accelerate launch` says, else no)."
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Seeds, one run each: head, order, augmentation, label fraction."},
-    )
+    seeds: list[int] = _argument([0], "Seeds, one run each: head, order, augmentation, label fraction.")
 
     # Evaluation
     eval_epochs: float = _argument(

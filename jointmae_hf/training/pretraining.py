@@ -61,7 +61,7 @@ from .checkpoints import (
     remove_unfinished,
     replace_file,
     save_checkpoint,
-    save_model,
+    save_model_folder,
     verify_checkpoint,
     whole_weights,
 )
@@ -661,7 +661,7 @@ class PreTrainer:
     def _finish(self, model: JointMAEForPreTraining) -> dict[str, Any]:
         """Saves the model, evaluates it, and writes the result."""
         arguments, progress = self.arguments, self.progress
-        self._save_model(model)
+        save_model_folder(model, JointMAEPointCloudProcessor.from_config(self.config), self.output_dir)
         samples_per_second = progress.step * arguments.batch_size / progress.seconds
         flops_per_second = samples_per_second * self.flops
         result = {
@@ -689,17 +689,6 @@ class PreTrainer:
         if arguments.push_to_hub:
             self._push_to_hub()
         return result
-
-    def _save_model(self, model: JointMAEForPreTraining):
-        config = self.config
-        processor = JointMAEPointCloudProcessor.from_config(config)
-        staging = self.output_dir / "model.partial"
-        shutil.rmtree(staging, ignore_errors=True)
-        save_model(model, staging)
-        processor.save_pretrained(staging)
-        for file in sorted(staging.iterdir()):
-            file.replace(self.output_dir / file.name)
-        staging.rmdir()
 
     def _report(self, model: JointMAEForPreTraining) -> dict[str, Any]:
         from ..evaluation import pretraining_report
