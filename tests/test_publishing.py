@@ -206,6 +206,22 @@ def test_a_card_refuses_numbers_of_other_weights(trained, digest, tmp_path):
     assert "AutoModelForImageClassification" in (folder / "README.md").read_text()
 
 
+def test_a_card_knows_results_of_its_weights_before_and_after_they_are_rounded(trained, digest, tmp_path):
+    options = {"repo_id": "org/tiny", "license": "apache-2.0", "half": True}
+    folder = build_model_folder(trained, tmp_path / "tiny", results=[result(weights=digest)], **options)
+    assert "results were measured before that" in (folder / "README.md").read_text()
+    model = JointMAEForPreTraining.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    for name, tensor in JointMAEForPreTraining.from_pretrained(trained).state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor.half().float())
+    assert (folder / "model.safetensors").stat().st_size < 0.6 * (trained / "model.safetensors").stat().st_size
+    rounded = result(weights=weights_digest(model.joint_mae))
+    folder = build_model_folder(trained, tmp_path / "tiny", results=[rounded], **options)
+    assert "results were measured after that" in (folder / "README.md").read_text()
+    with pytest.raises(ResultError, match="measured with other weights"):
+        build_model_folder(trained, tmp_path / "tiny", results=[result(weights="0" * 64)], **options)
+
+
 def test_a_folder_that_is_no_repository_is_refused(trained, tmp_path):
     options = {"repo_id": "org/tiny", "license": "apache-2.0", "results": []}
     with pytest.raises(PublishingError, match="lacks README.md"):
@@ -225,12 +241,14 @@ def test_a_folder_that_is_no_repository_is_refused(trained, tmp_path):
 
 
 def client_publish(folder: str) -> dict:
-    """Pushes by the example, then twice with something wrong on the way."""
+    """Pushes by the example over an older release, then twice with something wrong on the way."""
     import runpy
 
     import jointmae_hf
     from jointmae_hf.publishing import hub
 
+    hub.HfApi().create_repo("org/tiny")
+    hub.HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="old.png", repo_id="org/tiny")
     sys.argv = ["publish.py", folder, "org/tiny"]
     runpy.run_path(str(Path(jointmae_hf.__file__).parents[1] / "examples" / "publish.py"), run_name="__main__")
     seen = {}

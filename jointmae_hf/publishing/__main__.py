@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     card = commands.add_parser("card", help="make the folder of a released model")
     card.add_argument("source", type=Path, help="output folder of training")
     card.add_argument("output", type=Path, help="folder to make")
+    card.add_argument("--half", action="store_true", help="round weights to float16; they are loaded as float32")
     card.add_argument("--repo_id", required=True, help="name on the Hub, owner/name")
     card.add_argument("--license", required=True, help="identifier of the Hub's list, such as apache-2.0")
     card.add_argument("--results", nargs="*", default=[], help="result files, or folders of them")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..evaluation.results import TASKS, ResultError, TaskResult, weights_digest
@@ -47,13 +49,15 @@ With `import jointmae_hf` the same calls need no `trust_remote_code`.
 """
 
 
-def build_model_folder(source: str | Path, output: str | Path, **card: Any) -> Path:
+def build_model_folder(source: str | Path, output: str | Path, half: bool = False, **card: Any) -> Path:
     """
     Makes the folder of a released model from what training left: model, processor, code, pictures and a new card.
 
     Args:
         source: an output folder of training.
         output: the new folder; its files are replaced, others stay.
+        half: whether weights are rounded to float16, half the size; the configuration still has them loaded as it
+            says, float32. Results may have been measured before or after.
         card: as for [`model_card`].
 
     Raises:
@@ -68,12 +72,28 @@ def build_model_folder(source: str | Path, output: str | Path, **card: Any) -> P
             shutil.copyfile(file, Path(staging) / file.name)
         if log.exists():
             draw_losses(log, Path(staging) / "losses.png")
+        if half:
+            _round_weights(Path(staging) / "model.safetensors")
+            card["unrounded"] = source
         text = str(model_card(staging, **card))
         (Path(staging) / "README.md").write_text(text, encoding="utf-8")
         output.mkdir(parents=True, exist_ok=True)  # not `copytree`, which hands on that only its owner may look inside
         for file in Path(staging).iterdir():
             shutil.copyfile(file, output / file.name)
     return output
+
+
+def _round_weights(file: Path):
+    """Rounds the weights of a file to float16."""
+    with safe_open(file, "pt") as weights:
+        rounded = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, it is no dict
+        metadata = weights.metadata()
+    for name, tensor in rounded.items():
+        if tensor.is_floating_point():
+            rounded[name] = tensor.half()
+            if not rounded[name].isfinite().all():
+                raise PublishingError(f"{file.name} cannot be rounded to float16: {name} is out of its range.")
+    save_file(rounded, file, metadata)
 
 
 def model_card(
@@ -85,6 +105,7 @@ def model_card(
     notes: str | Path | None = None,
     base_model: str | None = None,
     datasets: list[str] | None = None,
+    unrounded: str | Path | None = None,
 ) -> ModelCard:
     """
     The card of a model: metadata with a `model-index`, use, results, training, how to reproduce, limits.
@@ -98,6 +119,7 @@ def model_card(
         notes: Markdown to add, such as data licences and limits.
         base_model: what the model was fine-tuned from.
         datasets: names on the Hub of the training data, for the metadata.
+        unrounded: folder of the same model before its weights were rounded; results may have been measured with it.
 
     Raises:
         PublishingError: if the folder is no model.
@@ -105,8 +127,10 @@ def model_card(
     """
     folder = Path(folder)
     model = load_model(folder)
+    known = _digests(model)
+    before = set() if unrounded is None else _digests(load_model(unrounded)) - known
     for result in results:
-        _check_weights(result, model)
+        _check_weights(result, known | before)
     own = [result for result in results if result.model["initialization"] == "pretrained"]
     name = repo_id.rpartition("/")[2]
     data = ModelCardData(
@@ -120,6 +144,9 @@ def model_card(
         eval_results=[entry for result in own for entry in _eval_results(result)] or None,
     )
     parts = [_introduction(model, name, repo_id)]
+    if unrounded is not None:
+        when = "before that" if any(_weights(result) & before for result in own) else "after that"
+        parts.append(f"Weights are rounded to float16 and loaded as float32; results were measured {when}.\n")
     parts += [f"![{file.stem.replace('_', ' ')}]({file.name})\n" for file in sorted(folder.glob(PICTURES))]
     if results:
         parts.append(_results_section(results))
@@ -217,13 +244,19 @@ def _eval_results(result: TaskResult) -> list[EvalResult]:
     ]
 
 
-def _check_weights(result: TaskResult, model: PreTrainedModel):
-    """Refuses numbers of another model: a result names the weights that it began with and, if tuned, ended with."""
-    if result.model["initialization"] != "pretrained":
-        return
-    known = {result.model["weights"], *result.model.get("final_weights", [])}
-    if not known & {weights_digest(model.base_model), weights_digest(model)}:
+def _check_weights(result: TaskResult, known: set[str]):
+    """Refuses numbers of other weights than those known by their digests."""
+    if result.model["initialization"] == "pretrained" and not _weights(result) & known:
         raise ResultError(
             f"the result of `{result.command}` was measured with other weights ({result.model['name']}) than those in "
             "the folder of the card."
         )
+
+
+def _weights(result: TaskResult) -> set[str]:
+    """The digests in a result: of the weights that it began with and, if tuned, of those that it ended with."""
+    return {result.model["weights"], *result.model.get("final_weights", [])}
+
+
+def _digests(model: PreTrainedModel) -> set[str]:
+    return {weights_digest(model.base_model), weights_digest(model)}

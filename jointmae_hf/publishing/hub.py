@@ -97,7 +97,11 @@ def publish_folder(folder: str | Path, repo_id: str, private: bool = False, revi
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=f"Release {folder.resolve().name}"
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=f"Release {folder.resolve().name}",
+        delete_patterns="*",  # what an earlier release had and this one has not
     )
     logger.info("Pushed to %s; loading it back.", commit.commit_url)
     verify_published(folder, repo_id, commit.oid)

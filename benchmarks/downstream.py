@@ -1,0 +1,104 @@
+"""All downstream tasks of one pre-trained model on one data set, each beside what it has to beat.
+
+    python benchmarks/downstream.py outputs/pretrain --output benchmarks/results/downstream/kicad
+    python benchmarks/downstream.py outputs/pretrain --data outputs/ldraw --output benchmarks/results/downstream/ldraw
+    python benchmarks/downstream.py outputs/pretrain --tasks linear_svm few_shot --output outputs/downstream
+
+Runs the commands of `examples/` one after the other and leaves a result file of each in OUTPUT; what is there already
+is not repeated, and what fine-tuning was stopped in goes on. Frozen features stand beside those of the same network
+untrained and a random forest on shape histograms, fine-tuning beside training from scratch with the same steps.
+Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, 600 steps of 32 clouds whatever the share.
+
+`--data` is a folder with a train and a test split (without it KiCad parts), or an npz of `points` (n, any, 3),
+`labels`, `class_names` and `is_test`, of which a folder is made in outputs/ first.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+TASKS = ("linear_svm", "few_shot", "retrieval", "classification", "part_segmentation")
+FRACTIONS = (0.01, 0.05, 0.1, 0.5, 1.0)
+SEEDS = ("--seeds", "0", "1", "2")
+STEPS = 600
+
+
+def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]]:
+    """Task, name of the result, and command without data and output, of everything there is to run."""
+    pretrained = ["--model_name_or_path", model]
+    untrained, forest = [*pretrained, "--untrained"], ["--baseline", "random_forest"]
+    frozen = (("pretrained", pretrained), ("untrained", untrained), ("forest", forest))
+    for fraction in reversed(FRACTIONS):
+        for kind, source in frozen:
+            share = [] if fraction == 1 else ["--train_fraction", str(fraction)]
+            yield "linear_svm", f"{kind}-{fraction:g}", ["linear_svm.py", *source, *share, *SEEDS]
+    for ways in ("5", "10"):
+        for shots in ("10", "20"):
+            sizes = ["--ways", ways, "--shots", shots, "--queries", "10"]
+            for kind, source in frozen:
+                yield "few_shot", f"{kind}-{ways}-{shots}", ["few_shot.py", *source, *sizes]
+    for kind, source in frozen[:2]:
+        yield "retrieval", kind, ["retrieval.py", *source, *SEEDS]
+    tuned = (("pretrained", pretrained), ("scratch", [*pretrained, "--from_scratch"]))
+    length = ["--max_steps", str(STEPS), "--validation_fraction", "0", *SEEDS]
+    for fraction in reversed(FRACTIONS):
+        for kind, source in tuned:
+            share = [] if fraction == 1 else ["--train_fraction", str(fraction)]
+            command = ["finetune_classification.py", *source, *share, *length]
+            yield "classification", f"{kind}-{fraction:g}", command
+    for kind, source in tuned if has_parts else ():
+        yield "part_segmentation", kind, ["finetune_segmentation.py", *source, *length]
+
+
+def make_table(file: Path) -> Path:
+    """The splits of an npz as a folder that `load_dataset` reads."""
+    from datasets import Array2D, ClassLabel, Dataset, Features
+
+    folder = Path("outputs") / file.stem
+    with np.load(file, allow_pickle=False) as data:
+        points, labels, is_test = (data[name] for name in ("points", "labels", "is_test"))
+        names = [str(name) for name in data["class_names"]]
+    features = Features({"points": Array2D(points.shape[1:], str(points.dtype)), "label": ClassLabel(names=names)})
+    for split, rows in (("train", ~is_test), ("test", is_test)):
+        columns = {"points": list(points[rows]), "label": labels[rows].astype(int).tolist()}
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(folder / "data" / f"{split}-00000.parquet")
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="pre-trained model")
+    parser.add_argument("--data", type=Path, help="folder of a data set, or npz (default: KiCad parts)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks to run")
+    parser.add_argument("--only", default="", help="run what has this in the name of its result")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the result files")
+    options = parser.parse_args()
+
+    data = make_table(options.data) if options.data is not None and options.data.suffix == ".npz" else options.data
+    dataset = [] if data is None else ["--dataset", str(data)]
+    options.output.mkdir(parents=True, exist_ok=True)
+    for task, name, (script, *arguments) in commands(options.model, has_parts=data is None):
+        result = options.output / f"{task}-{name}.json"
+        if task not in options.tasks or options.only not in result.name or result.exists():
+            continue
+        command = [f"examples/{script}", *arguments, *dataset]
+        print("python", *command, flush=True)
+        if task in ("classification", "part_segmentation"):
+            # The models are many and large; their results are what is kept.
+            runs = Path("outputs") / "downstream" / options.output.name / result.stem
+            resume = ["--resume_from_checkpoint", "latest", "--save_total_limit", "1"]
+            subprocess.run([sys.executable, *command, *resume, "--output_dir", str(runs)], check=True)
+            shutil.copyfile(runs / "result.json", result)
+        else:
+            subprocess.run([sys.executable, *command, "--output", str(result)], check=True)
+
+
+if __name__ == "__main__":
+    main()
