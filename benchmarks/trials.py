@@ -2,6 +2,7 @@
 
     python benchmarks/trials.py --output benchmarks/results/trials
     python benchmarks/trials.py --output benchmarks/results/trials --trials "mask ratio 0.5" "3D only" --seeds 0 1 2
+    python benchmarks/trials.py --output benchmarks/results/ladder --ladder --seeds 0 1 2 --num_threads 1
 
 Writes one JSON for each trial and seed into OUTPUT, leaves out what is there already, and prints a table of all of it.
 Several processes may share the work. The protocol is that of `learning_curve.py`; nothing is chosen on test data, but
@@ -13,6 +14,7 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,9 +43,19 @@ TRIALS: dict[str, tuple[dict, str]] = {
     "batch size 32": ({"batch_size": 32}, ""),
     "modality dropout 0.5": ({}, "modality_dropout=0.5"),
     "no local alignment": ({}, "use_local_alignment=false"),
-    "no cross loss": ({}, "use_cross_loss=false"),
+    # What the paper adds to masked reconstruction in 3D, one by one, up to `default`.
     "3D only": ({}, "use_image_branch=false"),
+    "no local alignment, no cross loss": ({}, "use_local_alignment=false,use_cross_loss=false"),
+    "no cross loss": ({}, "use_cross_loss=false"),
 }
+LADDER = (
+    "untrained",
+    "3D only",
+    "no local alignment, no cross loss",
+    "no cross loss",
+    "default",
+    "modality dropout 0.5",
+)
 
 
 def run(name: str, seed: int, samples: int, tables: dict, threads: int | None) -> dict:
@@ -69,7 +81,7 @@ def run(name: str, seed: int, samples: int, tables: dict, threads: int | None) -
             seconds = pretrain(arguments)["seconds"]
             model = JointMAEForPreTraining.from_pretrained(folder)
     num_points = model.config.num_points
-    found = evaluate(model, {key: load(num_points) for key, load in tables.items()})
+    found = evaluate(model, {key: load(num_points) for key, load in tables.items()}, last_only=True)
     return {
         "trial": name,
         "seed": seed,
@@ -85,8 +97,8 @@ def run(name: str, seed: int, samples: int, tables: dict, threads: int | None) -
     }
 
 
-def table(output: Path) -> str:
-    """All results there are, as Markdown: means over seeds, with the deviation where there are several."""
+def table(output: Path, names: Sequence[str]) -> str:
+    """All results there are of some trials, as Markdown: means over seeds, with the deviation where there are several."""
     records = defaultdict(list)
     for path in sorted(output.glob("*.json")):
         record = json.loads(path.read_text())
@@ -96,14 +108,14 @@ def table(output: Path) -> str:
         deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         return f"{round(statistics.mean(values), 1) + 0.0:.1f}{deviation}"  # no negative zero
 
-    names = list(next(iter(records.values()))[0]["accuracy_by_layer"])
-    head = ["trial", "samples", "seeds", *(f"{name}, SVM %" for name in names), "rank", "3D gap %", "2D gap %"]
+    sets = list(next(iter(records.values()))[0]["accuracy_by_layer"])
+    head = ["trial", "samples", "seeds", *(f"{name}, SVM %" for name in sets), "rank", "3D gap %", "2D gap %"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for name in TRIALS:
+    for name in names:
         for (trial, samples), found in sorted(records.items()):
             if trial == name:
-                columns = [[r["accuracy_by_layer"][key][-1] for r in found] for key in names]
-                columns.append([r["effective_rank"][names[0]] for r in found])
+                columns = [[r["accuracy_by_layer"][key][-1] for r in found] for key in sets]
+                columns.append([r["effective_rank"][sets[0]] for r in found])
                 for term in ("loss_3d", "loss_2d"):
                     columns.append([gap(r, term) for r in found if term in r["held_out"]])
                 cells = [cell(values) if values else "" for values in columns]
@@ -120,6 +132,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS), metavar="NAME")
+    parser.add_argument("--ladder", action="store_true", help="the trials that add the parts of the method one by one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=9600, help="samples of each run")
     parser.add_argument("--num_threads", type=int, help="threads of this process (default: all cores)")
@@ -134,8 +147,9 @@ def main():
         for name, folder in folders.items()
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
+    trials = LADDER if arguments.ladder else arguments.trials
     for seed in arguments.seeds:
-        for name in arguments.trials:
+        for name in trials:
             path = arguments.output / f"{name.replace(' ', '_')}-{arguments.samples}-seed{seed}.json"
             claim = path.with_suffix(".running")
             if path.exists() or claim.exists():
@@ -147,7 +161,7 @@ def main():
                 path.write_text(json.dumps(record, indent=1) + "\n")
             finally:
                 claim.unlink()
-    print(table(arguments.output))
+    print(table(arguments.output, LADDER if arguments.ladder else list(TRIALS)))
 
 
 if __name__ == "__main__":
