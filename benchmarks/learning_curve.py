@@ -38,7 +38,7 @@ def effective_rank(features: np.ndarray) -> float:
 def evaluate(
     model: JointMAEForPreTraining, tables: dict[str, tuple[PointTable, PointTable]], last_only: bool = False
 ) -> dict[str, Any]:
-    """Accuracy of every layer or the last, and rank of the last, on every set, and held-out losses on the first set."""
+    """Accuracy of every layer or the last and rank of the last on every set, and held-out losses on the first set."""
     layers = list(range(model.config.num_hidden_layers + 1))[-1 if last_only else 0 :]
     result: dict[str, Any] = {"accuracy_by_layer": {}, "effective_rank": {}}
     for name, (train, test) in tables.items():

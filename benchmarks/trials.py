@@ -98,7 +98,7 @@ def run(name: str, seed: int, samples: int, tables: dict, threads: int | None) -
 
 
 def table(output: Path, names: Sequence[str]) -> str:
-    """All results there are of some trials, as Markdown: means over seeds, with the deviation where there are several."""
+    """All results of some trials, as Markdown: means over seeds, with the deviation where there are several."""
     records = defaultdict(list)
     for path in sorted(output.glob("*.json")):
         record = json.loads(path.read_text())
