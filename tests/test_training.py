@@ -905,10 +905,12 @@ def test_the_script_does_nothing_when_imported_and_finds_its_data():
     assert module.name_embedded_dataset("procedural:3,kicad") == f"procedural:3.0,{module.EMBEDDED_DATASET}:1.0"
 
 
-@pytest.mark.parametrize(("has_gpu", "preset"), [(True, "base"), (False, "tiny")])
-def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp_path, has_gpu, preset):
+@pytest.mark.parametrize(
+    ("device", "preset", "precision"), [("gpu", "base", "bf16"), ("cpu-bf16", "tiny", "bf16"), ("cpu", "tiny", None)]
+)
+def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp_path, device, preset, precision):
     (tmp_path / "bin").mkdir()
-    for name, line in (("python", f"exit {int(not has_gpu)}"), ("accelerate", "printf '%s\\n' \"$@\"")):
+    for name, line in (("python", f"echo {device}"), ("accelerate", "printf '%s\\n' \"$@\"")):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / ".train").touch()  # as if everything was installed
@@ -918,8 +920,9 @@ def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp
     options = printed.split("examples/pretrain.py\n")[1].splitlines()
     (arguments,) = HfArgumentParser(PreTrainingArguments).parse_args_into_dataclasses(options)
     assert (arguments.preset, arguments.max_steps, arguments.output_dir) == (preset, 7, "somewhere")
-    assert arguments.mixed_precision == ("bf16" if has_gpu else None) and arguments.compile == has_gpu
-    assert arguments.train_data == "procedural:0.8,kicad:0.2" and arguments.evaluate
+    assert arguments.mixed_precision == precision and arguments.compile == (device == "gpu")
+    assert arguments.train_data == "procedural" and arguments.evaluate
+    assert build_config(arguments).agreement_loss_weight > 0
 
 
 def test_a_run_on_the_cpu_has_the_threads_it_was_told(make):
