@@ -99,6 +99,8 @@ class JointMAEForPreTrainingOutput(ModelOutput):
             How far reconstructed points stand before the depth image, squared.
         loss_agreement (`torch.FloatTensor` of shape `()`, *optional*):
             Cross-entropy of finding the other view of each shape among those of the batch.
+        view_features (`torch.FloatTensor` of shape `(2, batch, 2 * hidden_size)`, *optional*):
+            What that compares: the pooled 3D tokens of both views.
         reconstructed_points (`torch.FloatTensor` of shape `(batch, masked tokens, num_target_points, 3)`):
             In the coordinates of `point_values`.
         reconstructed_patches (`torch.FloatTensor` of shape `(batch, masked patches, patch_size ** 2 * num_channels)`):
@@ -119,6 +121,7 @@ class JointMAEForPreTrainingOutput(ModelOutput):
     loss_2d: torch.FloatTensor | None = None
     loss_cross: torch.FloatTensor | None = None
     loss_agreement: torch.FloatTensor | None = None
+    view_features: torch.FloatTensor | None = None
     reconstructed_points: torch.FloatTensor | None = None
     reconstructed_patches: torch.FloatTensor | None = None
     mask_3d: torch.FloatTensor | None = None
@@ -845,11 +848,12 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             if config.use_cross_loss:
                 loss_cross = depth_consistency(reconstructed.flatten(1, 2), projection, pixel_values).mean()
                 loss = loss + config.cross_loss_weight * loss_cross
-        loss_agreement = None
+        loss_agreement = view_features = None
         if second_point_values is not None:
             first = outputs if config.agreement_of_visible else self.joint_mae(point_values, point_mask=point_mask)
             second: JointMAEModelOutput = self.joint_mae(second_point_values)
-            loss_agreement = agreement_loss(first.pooler_output, second.pooler_output, config.agreement_temperature)
+            view_features = torch.stack([first.pooler_output, second.pooler_output])
+            loss_agreement = agreement_loss(*view_features, config.agreement_temperature)
             loss = loss + config.agreement_loss_weight * loss_agreement
         return JointMAEForPreTrainingOutput(
             loss=loss,
@@ -857,6 +861,7 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             loss_2d=loss_2d,
             loss_cross=loss_cross,
             loss_agreement=loss_agreement,
+            view_features=view_features,
             reconstructed_points=reconstructed,
             reconstructed_patches=patch_output,
             mask_3d=self._mask(masked_tokens, config.num_centers[-1]),

@@ -71,7 +71,7 @@ from .prefetch import prefetch
 from .sharding import is_spread, whole
 from .signals import StopSignals
 from .summary import summarize
-from .threads import ReplicaThreads
+from .threads import AgreementThreads, ReplicaThreads
 
 
 logger = logging.getLogger(__name__)
@@ -377,10 +377,10 @@ class PreTrainer:
         alone = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         random = config.drop_path_rate > 0 or config.attention_probs_dropout_prob > 0
         divides = self.data.part_size % threads == 0
-        compares = config.agreement_loss_weight > 0  # with the whole batch, not with a slice of it
-        if not alone or threads == 1 or random or compares or not divides or self.arguments.compile:
+        if not alone or threads == 1 or random or not divides or self.arguments.compile:
             return None
-        return ReplicaThreads(self.raw_model, threads, self.accelerator.autocast)
+        kind = AgreementThreads if config.agreement_loss_weight > 0 else ReplicaThreads
+        return kind(self.raw_model, threads, self.accelerator.autocast)
 
     def _resume(self, checkpoint: Path) -> Progress:
         state = read_json(checkpoint / STATE)

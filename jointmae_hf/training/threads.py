@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ..modeling_joint_mae import agreement_loss
+
 
 class ReplicaThreads:
     """
@@ -76,6 +78,36 @@ class ReplicaThreads:
             outputs = replica(**batch)
         (outputs.loss * scale).backward()
         return torch.stack([outputs[name].detach().float() for name in terms])
+
+
+class AgreementThreads(ReplicaThreads):
+    """Threads for a model whose loss also compares the views of all shapes of the batch with each other."""
+
+    def backward(self, batch: dict[str, torch.Tensor], terms: list[str], scale: float = 1.0) -> torch.Tensor:
+        """As in [`ReplicaThreads`]; the agreement is that of the whole batch."""
+        config, count = self.model.config, len(self.replicas)
+        slices = {name: tensor.chunk(count) for name, tensor in batch.items()}
+        batches = [{name: parts[i] for name, parts in slices.items()} for i in range(count)]
+        parts = list(self.executor.map(self._encode, self.replicas, batches))
+        views = torch.cat([part.view_features.detach() for part in parts], dim=1).requires_grad_()
+        agreement = agreement_loss(*views, config.agreement_temperature)
+        (agreement * config.agreement_loss_weight * scale).backward()
+        # Less what each slice had compared within itself.
+        losses = [part.loss - config.agreement_loss_weight * part.loss_agreement for part in parts]
+        roots = [[loss * scale / count, part.view_features] for loss, part in zip(losses, parts, strict=True)]
+        gradients = [[None, gradient] for gradient in views.grad.chunk(count, dim=1)]
+        list(self.executor.map(torch.autograd.backward, roots, gradients))
+        self._gather_gradients()
+
+        agreement = agreement.detach()
+        means = {name: torch.stack([part[name].detach().float() for part in parts]).mean(0) for name in terms}
+        means["loss"] = torch.stack(losses).detach().float().mean() + config.agreement_loss_weight * agreement
+        means["loss_agreement"] = agreement
+        return torch.stack([means[name] for name in terms])
+
+    def _encode(self, replica: nn.Module, batch: dict[str, torch.Tensor]) -> ModelOutput:
+        with self.context():
+            return replica(**batch)
 
 
 class EncoderThreads(ReplicaThreads):
