@@ -126,7 +126,7 @@ def assert_same_run(folder, expected):
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def assert_close_run(folder, expected):
+def assert_close_run(folder, expected, atol=1e-5):
     """The same losses and weights but for rounding. Gradients of single losses are of a part of a batch: not those."""
     assert len(log(folder)) == len(log(expected))
     for found, wanted in zip(log(folder), log(expected), strict=True):
@@ -134,7 +134,7 @@ def assert_close_run(folder, expected):
             assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), (found["step"], name)
     found = weights(folder)
     for name, wanted in weights(expected).items():
-        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=atol)
 
 
 # ---- Runs in other processes
@@ -377,25 +377,20 @@ def test_accumulated_parts_train_as_the_whole_batch(make):
     assert_close_run(make("parts").output_dir, make("whole").output_dir)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_threads_share_a_batch_and_change_rounding_only(make, accumulation):
-    pretrain(make("alone", max_grad_norm=0.1, grad_norm_steps=0))
-    shared = {
-        "max_grad_norm": 0.1,
-        "grad_norm_steps": 0,
-        "num_threads": 2,
-        "gradient_accumulation_steps": accumulation,
-    }
+@pytest.mark.parametrize(("agrees", "accumulation"), [(False, 1), (False, 2), (True, 1)])
+def test_threads_share_a_batch_and_change_rounding_only(make, agrees, accumulation):
+    common = {"max_grad_norm": 0.1, "grad_norm_steps": 0} | ({"config_overrides": AGREEING_CONFIG} if agrees else {})
+    pretrain(make("alone", **common))
+    shared = {**common, "num_threads": 2, "gradient_accumulation_steps": accumulation}
     assert PreTrainer(make("shared", **shared)).threads is not None
     pretrain(make("shared", **shared))
-    assert_close_run(make("shared").output_dir, make("alone").output_dir)
+    # Agreement leaves biases before the standardisation a gradient of nothing but rounding, which Adam magnifies.
+    assert_close_run(make("shared").output_dir, make("alone").output_dir, atol=1e-4 if agrees else 1e-5)
     pretrain(make("again", **shared))
     assert_same_run(make("again").output_dir, make("shared").output_dir)
 
 
-@pytest.mark.parametrize(
-    "overrides", [{"config_overrides": RANDOM_CONFIG}, {"config_overrides": AGREEING_CONFIG}, {"batch_size": 5}]
-)
+@pytest.mark.parametrize("overrides", [{"config_overrides": RANDOM_CONFIG}, {"batch_size": 5}])
 def test_threads_do_not_share_what_they_would_change(make, overrides):
     assert PreTrainer(make("run", num_threads=2, **overrides)).threads is None
 
