@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# How the released models and all figures on their cards were made, from nothing: about three hours on two CPU cores.
+#
+#     bash model_cards/build.sh [ldraw_parts.npz]    # run again after an interruption, it goes on where it was
+#
+# Everything is measured with the weights that are released: they are rounded first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TINY=model_cards/joint-mae-tiny
+RESULTS=benchmarks/results/downstream
+LDRAW=${1:-}
+
+OUTPUT=outputs/joint-mae-tiny bash examples/speedrun.sh
+source .venv/bin/activate
+release() { # SOURCE NAME LICENSE ARGUMENTS...
+    python -m jointmae_hf.publishing card "$1" "model_cards/$2" --half --repo_id "org/$2" --license "$3" "${@:4}"
+}
+release outputs/joint-mae-tiny joint-mae-tiny apache-2.0
+
+python benchmarks/downstream.py "$TINY" --output "$RESULTS/kicad"
+python benchmarks/robustness.py "$TINY" --output benchmarks/results/robustness.json --table model_cards/notes/joint-mae-tiny.md
+if [ -n "$LDRAW" ]; then
+    python benchmarks/downstream.py "$TINY" --data "$LDRAW" --output "$RESULTS/ldraw"
+fi
+
+release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 --training outputs/joint-mae-tiny/result.json \
+    --results "$RESULTS"/*/{linear_svm,few_shot,retrieval}-*.json --notes model_cards/notes/joint-mae-tiny.md
+for task in classification part_segmentation; do
+    name=joint-mae-tiny-kicad-${task#part_}
+    kinds=("$RESULTS/kicad/$task"-{pretrained,scratch}*)
+    release "outputs/downstream/kicad/${task}-pretrained${SUFFIX:-}/seed-0" "$name" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
+        --results "${kinds[@]}" --notes "model_cards/notes/$name.md"
+done
