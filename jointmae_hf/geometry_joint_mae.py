@@ -63,9 +63,11 @@ def gather_points(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     Returns:
         `(batch, ..., channels)`.
     """
-    flat = indices.flatten(1)
-    rows = values.gather(1, flat.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-    return rows.view(*indices.shape, values.shape[-1])
+    batch_size, num_points, channels = values.shape
+    first = torch.arange(batch_size, device=indices.device).unsqueeze(1) * num_points
+    # An embedding copies whole rows; `gather` takes number by number, several times as long on a CPU.
+    rows = nn.functional.embedding(indices.flatten(1) + first, values.reshape(-1, channels))
+    return rows.view(*indices.shape, channels)
 
 
 def group_points(points: torch.Tensor, centers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ from .geometry_joint_mae import (
 
 
 _EPS = 1e-6
+_CHUNK_SIZE = 1 << 21  # elements of the longest tensors of the 3D embedding on a CPU
 
 
 @dataclass
@@ -178,6 +179,34 @@ def random_mask(noise: torch.Tensor, num_visible: int) -> tuple[torch.Tensor, to
     return order[:, :num_visible], order[:, num_visible:]
 
 
+class GroupMax(torch.autograd.Function):
+    """`amax(2)` with the gradient shared by equals, as torch has it, but without its slow arithmetic with booleans."""
+
+    @staticmethod
+    def forward(features: torch.Tensor) -> torch.Tensor:
+        return features.amax(2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor], output: torch.Tensor):
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        features, maximum = (tensor.detach() for tensor in ctx.saved_tensors)
+        share = torch.eq(features, maximum.unsqueeze(2), out=torch.empty_like(features))
+        return share * (gradient / share.sum(2)).unsqueeze(2)
+
+
+def group_max(features: torch.Tensor) -> torch.Tensor:
+    """Maximum over the points of each group, `(batch, groups, k, width)` to `(batch, groups, width)`."""
+    return GroupMax.apply(features) if features.requires_grad and _is_eager_cpu(features) else features.amax(2)
+
+
+def _is_eager_cpu(tensor: torch.Tensor) -> bool:
+    """Whether operators run one by one on a CPU; what is compiled or exported needs no help with them."""
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 class JointMAEPointEmbeddings(nn.Module):
     """Hierarchical 3D embedding: a small PointNet over the finest groups, then merging by MLP and maximum."""
 
@@ -210,11 +239,32 @@ class JointMAEPointEmbeddings(nn.Module):
         centers, indices, offsets = multiscale_groups(
             points, self.num_centers, self.num_neighbors, point_mask, visible
         )
-        finest_features = features = self.group_embedding(offsets[0] / self.radii[0])  # (batch, groups, width)
-        for scale, merger in enumerate(self.mergers, start=1):
-            features = merger(features, indices[scale], offsets[scale] / self.radii[scale])
+        chunk_size, num_scales = self._chunk_size(offsets[0]), len(offsets)
+        chunks = zip(*(tensor.split(chunk_size) for tensor in (*indices, *offsets)), strict=True)
+        embedded = [self._embed(chunk[:num_scales], chunk[num_scales:]) for chunk in chunks]
+        finest_features, features = (torch.cat(parts) for parts in zip(*embedded, strict=True))
         # Coarser centres are a prefix of the finest ones.
         return self.norm(features), centers[:, : self.num_centers[-1]], finest_features, centers
+
+    def _chunk_size(self, offsets: torch.Tensor) -> int:
+        """
+        How many clouds are embedded at once, given the finest offsets `(batch, groups, k, 3)`: on a CPU, few.
+
+        The tensors of more would leave its caches, and the system would clear their pages anew in every operation.
+        """
+        batch_size, num_groups, k, _ = offsets.shape
+        if not _is_eager_cpu(offsets):
+            return batch_size
+        return max(1, _CHUNK_SIZE // (num_groups * k * self.group_embedding.point_proj.out_features))
+
+    def _embed(
+        self, indices: tuple[torch.Tensor, ...], offsets: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features `(batch, groups, width)` of the finest scale and of the coarsest."""
+        finest_features = features = self.group_embedding(offsets[0] / self.radii[0])
+        for merger, index, offset, radius in zip(self.mergers, indices[1:], offsets[1:], self.radii[1:], strict=True):
+            features = merger(features, index, offset / radius)
+        return finest_features, features
 
 
 class JointMAEGroupEmbedding(nn.Module):
@@ -233,9 +283,9 @@ class JointMAEGroupEmbedding(nn.Module):
 
     def forward(self, groups: torch.Tensor) -> torch.Tensor:
         features = self.first_fc(self.activation_fn(self.point_proj(groups.to(self.point_proj.weight.dtype))))
-        pooled = self.pooled_proj(features.amax(2)).unsqueeze(2)
+        pooled = self.pooled_proj(group_max(features)).unsqueeze(2)
         features = self.activation_fn(self.feature_proj(features) + pooled)
-        return self.second_fc(features).amax(2)
+        return group_max(self.second_fc(features))
 
 
 class JointMAEGroupMerging(GradientCheckpointingLayer):
@@ -254,7 +304,7 @@ class JointMAEGroupMerging(GradientCheckpointingLayer):
         """Features `(batch, children, width)`, index and offsets `(batch, groups, k[, 3])`."""
         gathered = gather_points(self.feature_proj(features), index)  # (batch, groups, k, width)
         hidden = self.activation_fn(gathered + self.offset_proj(offsets.to(self.offset_proj.weight.dtype)))
-        return self.fc(hidden).amax(2)
+        return group_max(self.fc(hidden))
 
 
 class JointMAEImageEmbeddings(nn.Module):
@@ -322,7 +372,9 @@ class JointMAEConvLayer(GradientCheckpointingLayer):
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
         """`(tiles, side, side, width)` to the same."""
         mixed = self.in_proj(self.layernorm_before(cells)).permute(0, 3, 1, 2)
-        cells = cells + self.out_proj(self.conv(mixed).permute(0, 2, 3, 1))
+        with torch.autocast("cpu", enabled=False):  # in bfloat16 its gradient takes a CPU three times as long
+            mixed = self.conv(mixed.to(self.conv.weight.dtype))
+        cells = cells + self.out_proj(mixed.permute(0, 2, 3, 1))
         return cells + self.fc2(self.activation_fn(self.fc1(self.layernorm_after(cells))))
 
 
@@ -359,7 +411,7 @@ def eager_attention_forward(
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(weights, dim=-1)  # computes in float32 within
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -388,6 +440,9 @@ class JointMAEAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All tokens attend to the first `num_keys`, or to all of them."""
         input_shape = hidden_states.shape[:-1]
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):  # one copy for all three projections
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         context = hidden_states if num_keys is None else hidden_states[:, :num_keys]
         query, key, value = (
             projection(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -397,9 +452,10 @@ class JointMAEAttention(nn.Module):
                 (self.v_proj, context),
             )
         )
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+            implementation = "eager"  # with as few tokens as here, 4 times as fast as torch's fused one in training
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
             self,
             query,

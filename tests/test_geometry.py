@@ -50,6 +50,16 @@ def numpy_farthest_points(points: np.ndarray, num_samples: int) -> list[int]:
 # ---- Farthest point sampling
 
 
+def test_gathered_rows_pass_their_gradient_back():
+    values = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([[[0, 5], [5, 5]], [[3, 0], [1, 2]]])
+    gathered = gather_points(values, indices)
+    assert gathered.shape == (2, 2, 2, 4)
+    for cloud in range(2):
+        assert torch.equal(gathered[cloud], values[cloud][indices[cloud]])
+    torch.autograd.gradcheck(lambda values: gather_points(values, indices), values)
+
+
 def test_farthest_point_sample_is_the_greedy_loop():
     points = random_points(3, 300)
     indices = farthest_point_sample(points, 64)

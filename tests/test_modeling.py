@@ -13,6 +13,7 @@ from jointmae_hf import (
     JointMAEForPointCloudClassification,
     JointMAEForPreTraining,
     JointMAEModel,
+    modeling_joint_mae,
 )
 from jointmae_hf.geometry_joint_mae import (
     chamfer_distance,
@@ -24,7 +25,7 @@ from jointmae_hf.geometry_joint_mae import (
     project_points,
     view_projection,
 )
-from jointmae_hf.modeling_joint_mae import agreement_loss, patchify, random_mask
+from jointmae_hf.modeling_joint_mae import agreement_loss, group_max, patchify, random_mask
 
 
 TINY = {
@@ -496,6 +497,67 @@ def test_bfloat16_autocast_is_close():
     for name in ("loss_3d", "loss_2d", "loss_cross"):
         torch.testing.assert_close(output[name], expected[name], atol=0, rtol=0.05)
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def gradients_of(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, and the gradient of each parameter."""
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_how_many_clouds_are_embedded_at_once_changes_nothing(gradient_checkpointing, monkeypatch):
+    model = build(JointMAEForPreTraining, tiny_config(agreement_loss_weight=1.0, agreement_of_visible=False))
+    if gradient_checkpointing:
+        model.train().gradient_checkpointing_enable()
+    torch.manual_seed(1)
+    inputs = {"point_values": clouds(5), "second_point_values": clouds(5, seed=1), "view": torch.arange(5) % 3}
+    inputs |= {"point_noise": torch.rand(5, 16), "patch_noise": torch.rand(5, 64)}
+    whole_loss, whole = gradients_of(model, **inputs)
+    sizes, embed = [], modeling_joint_mae.JointMAEGroupEmbedding.forward
+
+    def counted(self, groups):
+        sizes.append(len(groups))
+        return embed(self, groups)
+
+    monkeypatch.setattr(modeling_joint_mae.JointMAEGroupEmbedding, "forward", counted)
+    monkeypatch.setattr(modeling_joint_mae, "_CHUNK_SIZE", 2 * 32 * 8 * 16)
+    loss, parts = gradients_of(model, **inputs)
+    assert sizes == [4, 1] + 2 * [2, 2, 1]  # with half of the groups, then twice with all
+    torch.testing.assert_close(loss, whole_loss)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gradient_of_a_group_maximum_is_shared_by_equals(dtype):
+    features = torch.randint(4, (2, 3, 8, 5), generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    weight = torch.arange(30.0).view(2, 3, 5).to(dtype)
+    assert torch.equal(group_max(features), features.amax(2))
+    (ours,) = torch.autograd.grad(group_max(features), features, weight)
+    (theirs,) = torch.autograd.grad(features.amax(2), features, weight)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_gradient_of_a_group_maximum_can_be_differentiated():
+    features = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda values: group_max(values).square(), features)
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_on_a_cpu_attention_is_fused_in_float32_only(dtype, fused, monkeypatch):
+    """torch's fused attention is slow in bfloat16 there."""
+    calls, attention = [], nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    build(JointMAEModel, attn_implementation="sdpa").to(dtype)(clouds())
+    assert bool(calls) == fused
 
 
 def test_compiled_model_gives_the_same():
