@@ -441,7 +441,8 @@ class JointMAEAttention(nn.Module):
         """All tokens attend to the first `num_keys`, or to all of them."""
         input_shape = hidden_states.shape[:-1]
         device_type = hidden_states.device.type
-        if torch.is_autocast_enabled(device_type):  # one copy for all three projections
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            # One copy for all three projections.
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         context = hidden_states if num_keys is None else hidden_states[:, :num_keys]
         query, key, value = (

@@ -742,6 +742,12 @@ def test_models_build_on_the_meta_device():
         assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
+def test_shapes_can_be_had_on_the_meta_device():
+    with torch.device("meta"):
+        output = JointMAEModel(tiny_config())(torch.empty(2, 128, 3))
+    assert output.last_hidden_state.shape == (2, 16, 32)
+
+
 @pytest.mark.parametrize("name", ["tiny", "small", "base"])
 def test_presets_run(name):
     config = JointMAEConfig.from_preset(name)
