@@ -3,7 +3,7 @@
 #
 #     bash model_cards/build.sh [ldraw_parts.npz]    # run again after an interruption, it goes on where it was
 #
-# Everything is measured with the weights that are released: they are rounded first.
+# The encoder is measured with the weights that are released: they are rounded first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,16 +19,17 @@ release() { # SOURCE NAME LICENSE ARGUMENTS...
 release outputs/joint-mae-tiny joint-mae-tiny apache-2.0
 
 python benchmarks/downstream.py "$TINY" --output "$RESULTS/kicad"
-python benchmarks/robustness.py "$TINY" --output benchmarks/results/robustness.json --table model_cards/notes/joint-mae-tiny.md
+python benchmarks/robustness.py "$TINY" --output benchmarks/results/robustness.json \
+    --table model_cards/notes/joint-mae-tiny.md
 if [ -n "$LDRAW" ]; then
     python benchmarks/downstream.py "$TINY" --data "$LDRAW" --output "$RESULTS/ldraw"
 fi
 
 release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 --training outputs/joint-mae-tiny/result.json \
     --results "$RESULTS"/*/{linear_svm,few_shot,retrieval}-*.json --notes model_cards/notes/joint-mae-tiny.md
-for task in classification part_segmentation; do
-    name=joint-mae-tiny-kicad-${task#part_}
-    kinds=("$RESULTS/kicad/$task"-{pretrained,scratch}*)
-    release "outputs/downstream/kicad/${task}-pretrained${SUFFIX:-}/seed-0" "$name" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
-        --results "${kinds[@]}" --notes "model_cards/notes/$name.md"
-done
+head() { # RESULTS NAME: the model of seed 0
+    release "outputs/downstream/kicad/$1/seed-0" "$2" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
+        --results "$RESULTS/kicad/$1.json" "$RESULTS/kicad/${1/pretrained/scratch}.json" --notes "model_cards/notes/$2.md"
+}
+head classification-pretrained-1 joint-mae-tiny-kicad-classification
+head part_segmentation-pretrained joint-mae-tiny-kicad-segmentation

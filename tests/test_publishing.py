@@ -4,10 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoProcessor
 
 from jointmae_hf import (
     JointMAEConfig,
@@ -15,7 +17,15 @@ from jointmae_hf import (
     JointMAEForPreTraining,
     JointMAEPointCloudProcessor,
 )
-from jointmae_hf.evaluation.results import ResultError, TaskResult, summarize, weights_digest, write_result
+from jointmae_hf.evaluation.results import (
+    ResultError,
+    TaskResult,
+    read_result,
+    summarize,
+    weights_digest,
+    write_result,
+)
+from jointmae_hf.evaluation.tasks import encoder_parameters
 from jointmae_hf.publishing import (
     PublishingError,
     build_model_folder,
@@ -235,6 +245,39 @@ def test_a_folder_that_is_no_repository_is_refused(trained, tmp_path):
         check_model_folder(tmp_path / "nowhere")
     with pytest.raises(PublishingError, match="is not the result of a pre-training run"):
         build_model_folder(trained, tmp_path / "tiny", training=folder / "config.json", **options)
+
+
+# ---- The released models
+
+
+ROOT = Path(__file__).parents[1]
+RELEASED = sorted(file.parent for file in ROOT.glob("model_cards/*/config.json"))
+
+
+def test_there_are_released_models():
+    assert {"joint-mae-tiny", "joint-mae-tiny-kicad-classification", "joint-mae-tiny-kicad-segmentation"} <= {
+        folder.name for folder in RELEASED
+    }
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
+def test_a_released_folder_is_a_repository_that_loads(folder):
+    check_model_folder(folder)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
+    model = AutoModel.from_pretrained(folder).eval()
+    assert encoder_parameters(model) < 3e6 and model.dtype == torch.float32
+    shape = AutoProcessor.from_pretrained(folder)(np.random.default_rng(0).normal(size=(3000, 3)))
+    with torch.no_grad():
+        features = model(**shape).pooler_output
+    assert features.shape == (1, 384) and features.isfinite().all()
+
+
+def test_the_released_results_are_of_the_released_weights():
+    digest = weights_digest(AutoModel.from_pretrained(ROOT / "model_cards" / "joint-mae-tiny"))
+    files = sorted(ROOT.glob("benchmarks/results/downstream/*/*-pretrained*.json"))
+    assert len(files) > 10
+    for file in files:
+        assert read_result(file).model["weights"] == digest, file
 
 
 # ---- With a Hub
