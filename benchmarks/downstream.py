@@ -7,8 +7,8 @@
 Runs the commands of `examples/` one after the other and leaves a result file of each in OUTPUT; what is there already
 is not repeated, and what fine-tuning was stopped in goes on. Frozen features stand beside those of the same network
 untrained and a random forest on shape histograms, fine-tuning beside training from scratch with the same steps.
-Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 400 steps (of parts 200) of 32
-clouds in bfloat16 whatever the share.
+Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 400 steps (200 for parts) of
+32 clouds in bfloat16 whatever the share.
 
 `--data` is a folder with a train and a test split (without it KiCad parts), or an npz of `points` (n, any, 3),
 `labels`, `class_names` and `is_test`, of which a folder is made in outputs/ first.
