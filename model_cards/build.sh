@@ -26,7 +26,7 @@ if [ -n "$LDRAW" ]; then
 fi
 
 release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 --training outputs/joint-mae-tiny/result.json \
-    --results "$RESULTS"/*/{linear_svm,few_shot,retrieval}-*.json --notes model_cards/notes/joint-mae-tiny.md
+    --results "$RESULTS"/*/{linear_svm-*-1,few_shot-*,retrieval-*}.json --notes model_cards/notes/joint-mae-tiny.md
 head() { # RESULTS NAME: the model of seed 0
     release "outputs/downstream/kicad/$1/seed-0" "$2" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
         --results "$RESULTS/kicad/$1.json" "$RESULTS/kicad/${1/pretrained/scratch}.json" --notes "model_cards/notes/$2.md"

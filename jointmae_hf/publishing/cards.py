@@ -192,11 +192,13 @@ def _results_section(results: list[TaskResult]) -> str:
         "Percent on held-out shapes: mean ± sample deviation (number of seeds). Protocols:",
         "",
     ]
-    seen = {}
+    measured_on: dict[tuple[str, str], dict[str, None]] = {}
     for result in results:
         sizes = ", ".join(f"{size:,} {part}" for part, size in result.split_sizes.items())
-        seen.setdefault(f"- {task_name(result)}, {dataset_name(result)} ({sizes}): {result.protocol}.")
-    return "\n".join([*lines, *seen, ""])
+        on = measured_on.setdefault((task_name(result), result.protocol), {})
+        on[f"{dataset_name(result)} ({sizes})"] = None
+    protocols = [f"- {task}, {'; '.join(on)}: {protocol}." for (task, protocol), on in measured_on.items()]
+    return "\n".join([*lines, *protocols, ""])
 
 
 def _training_section(file: Path) -> str:
