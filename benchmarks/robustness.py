@@ -28,7 +28,7 @@ EMBEDDED_DATASET = Path("examples/data/kicad-parts")
 
 
 def thin(share: float) -> Callable:
-    return lambda cloud, rng: cloud[: max(1, round(share * len(cloud)))]
+    return lambda cloud, rng: cloud[rng.permutation(len(cloud))[: round(share * len(cloud))]]
 
 
 def turn(rotation: str) -> Callable:
@@ -59,9 +59,12 @@ def pollute(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cloud
 
 
+DENSE = "twice the points"
 SPOILT: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "as they are": lambda cloud, rng: cloud,
+    DENSE: lambda cloud, rng: cloud,
     "half of the points": thin(0.5),
+    "a quarter of the points": thin(0.25),
     "an eighth of the points": thin(0.125),
     "noise of 1 % of the radius": lambda cloud, rng: cloud + rng.normal(0, 0.01, cloud.shape),
     "noise of 3 % of the radius": lambda cloud, rng: cloud + rng.normal(0, 0.03, cloud.shape),
@@ -85,15 +88,15 @@ def main():
     found: dict[str, dict[str, float]] = {name: {} for name in SPOILT}
     for kind in ("pretrained", "untrained"):
         model = load_encoder(arguments.model, kind == "untrained", arguments.seed)
-        train, test = (
-            load_point_table(arguments.dataset, split, num_points=model.config.num_points, seed=arguments.seed)
-            for split in ("train", "test")
+        train, test, dense = (
+            load_point_table(arguments.dataset, split, num_points=times * model.config.num_points, seed=arguments.seed)
+            for split, times in (("train", 1), ("test", 1), ("test", 2))
         )
         features = extract_features(model, train.points)
         for name, spoil in SPOILT.items():
             rng = np.random.default_rng(arguments.seed)
-            points = np.stack([spoil(cloud, rng) for cloud in test.points]).astype(np.float32)
-            spoilt = extract_features(model, normalize_clouds(points))
+            points = np.stack([spoil(cloud, rng) for cloud in (dense if name == DENSE else test).points])
+            spoilt = extract_features(model, normalize_clouds(points.astype(np.float32)))
             found[name][kind] = linear_svm(features, train.labels, spoilt, test.labels)["accuracy"]
             print(f"{kind}, {name}: {found[name][kind]:.1f}", flush=True)
         if kind == "pretrained":

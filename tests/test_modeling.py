@@ -168,6 +168,23 @@ def test_features_do_not_depend_on_the_order_of_points():
     torch.testing.assert_close(first.pooler_output, second.pooler_output, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_unit_of_local_coordinates_follows_the_density_of_a_cloud(masked):
+    embeddings = build(JointMAEModel).point_embeddings
+    groups, k = embeddings.num_centers[0], embeddings.num_neighbors[0]
+    surface = clouds(1, groups)
+    # Four copies of half the size, far apart: four times the points, each group as before at half the scale.
+    places = 10 * torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    dense = (surface / 2 + places[:, None]).flatten(0, 1).unsqueeze(0)
+    mask = None
+    if masked:
+        dense = torch.cat([dense, torch.full((1, 3 * k, 3), 5.0)], dim=1)
+        mask = torch.arange(dense.shape[1]).unsqueeze(0) < 4 * groups
+    _, _, expected, _ = embeddings(surface, None, None)
+    _, _, features, _ = embeddings(dense, mask, None)
+    assert torch.cdist(features[0], expected[0]).amin(1).max() < 1e-3 * expected.abs().max()
+
+
 def test_pooled_feature_is_mean_and_maximum_of_3d_tokens():
     config = tiny_config()
     output = build(JointMAEModel, config)(**with_images(clouds(), config))
