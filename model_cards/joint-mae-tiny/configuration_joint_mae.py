@@ -56,7 +56,8 @@ class JointMAEConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of layer normalisation.
         qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
         num_points (`int`, defaults to 2048):
-            Points of a cloud the model is made for. Other numbers work; the scale of local coordinates follows it.
+            Points of a cloud the model is made for. More work nearly as well, the scale of local coordinates follows
+            them; with fewer, small parts are lost.
         num_centers (`list[int]`, defaults to `[512, 256, 64]`):
             Groups at each scale of the 3D embedding, finest first [relative]. The last is the number of 3D tokens.
         num_neighbors (`list[int]`, defaults to `[16, 8, 8]`):

@@ -214,9 +214,6 @@ class JointMAEPointEmbeddings(nn.Module):
         super().__init__()
         self.num_centers = config.num_centers
         self.num_neighbors = config.num_neighbors
-        # Radius of a patch of surface that holds k of n points; brings local coordinates to about unit size.
-        populations = [config.num_points, *config.num_centers[:-1]]
-        self.radii = [(k / n) ** 0.5 for k, n in zip(config.num_neighbors, populations, strict=True)]
         self.group_embedding = JointMAEGroupEmbedding(config)
         self.mergers = nn.ModuleList(
             [JointMAEGroupMerging(config, scale) for scale in range(1, len(config.num_centers))]
@@ -239,6 +236,8 @@ class JointMAEPointEmbeddings(nn.Module):
         centers, indices, offsets = multiscale_groups(
             points, self.num_centers, self.num_neighbors, point_mask, visible
         )
+        radii = self._radii(points, point_mask)
+        offsets = [offset / radius for offset, radius in zip(offsets, radii, strict=True)]
         chunk_size, num_scales = self._chunk_size(offsets[0]), len(offsets)
         chunks = zip(*(tensor.split(chunk_size) for tensor in (*indices, *offsets)), strict=True)
         embedded = [self._embed(chunk[:num_scales], chunk[num_scales:]) for chunk in chunks]
@@ -261,10 +260,23 @@ class JointMAEPointEmbeddings(nn.Module):
         self, indices: tuple[torch.Tensor, ...], offsets: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features `(batch, groups, width)` of the finest scale and of the coarsest."""
-        finest_features = features = self.group_embedding(offsets[0] / self.radii[0])
-        for merger, index, offset, radius in zip(self.mergers, indices[1:], offsets[1:], self.radii[1:], strict=True):
-            features = merger(features, index, offset / radius)
+        finest_features = features = self.group_embedding(offsets[0])
+        for merger, index, offset in zip(self.mergers, indices[1:], offsets[1:], strict=True):
+            features = merger(features, index, offset)
         return finest_features, features
+
+    def _radii(self, points: torch.Tensor, point_mask: torch.Tensor | None) -> list[float | torch.Tensor]:
+        """
+        At each scale the radius of a patch of surface that holds k of n points: the unit of local coordinates.
+
+        At the finest, n is how many points a cloud has, `(batch, 1, 1, 1)` where that differs: to a network that knew
+        one density alone, clouds of another would be other surfaces.
+        """
+        present = points.shape[1]
+        if point_mask is not None:
+            present = point_mask.sum(1).clamp_min(1).view(-1, 1, 1, 1)
+        populations = [present, *self.num_centers[:-1]]
+        return [(k / n) ** 0.5 for k, n in zip(self.num_neighbors, populations, strict=True)]
 
 
 class JointMAEGroupEmbedding(nn.Module):
