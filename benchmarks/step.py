@@ -37,7 +37,7 @@ import torch
 from peers import PEERS
 
 from jointmae_hf import JointMAEConfig
-from jointmae_hf.training.pretraining import device_name, versions
+from jointmae_hf.training.pretraining import device_name, git_commit, versions
 
 
 OURS = "Joint-MAE"
@@ -435,8 +435,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="measure every contender compiled, too")
     parser.add_argument("--no_growth", action="store_true", help="leave out the curves of cost")
+    parser.add_argument("--only_growth", action="store_true", help="measure these curves anew for a result there is")
     parser.add_argument("--output", type=Path, required=True, help="path without suffix of the JSON and the picture")
     arguments = parser.parse_args()
+    if arguments.only_growth:
+        result = json.loads(arguments.output.with_suffix(".json").read_text())
+        result |= {"growth": growth(arguments.threads, Setting()), "growth_commit": git_commit()}
+        write(result, arguments.output)
+        return
 
     folders = {
         OURS: None,
@@ -465,6 +471,7 @@ def main():
             "load_average_at_start": os.getloadavg(),
         },
         "versions": versions(),
+        "git_commit": git_commit(),
         "tasks": {task: {"batch_size": size, "calls_in_a_turn": calls} for task, (size, calls) in TASKS.items()},
         "rounds": arguments.rounds,
         "budget": floors(arguments.threads),
@@ -479,11 +486,16 @@ def main():
     result["contenders"] = found
     result["memory_aim_gb"] = MEMORY_AIM_GB
     result["growth"] = {} if arguments.no_growth else growth(arguments.threads, Setting())
+    result["growth_commit"] = result["git_commit"]
     result["machine"]["load_average_at_end"] = os.getloadavg()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    write(result, arguments.output)
+
+
+def write(result: dict[str, Any], output: Path):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     if result["growth"]:
-        draw(result, arguments.output.with_suffix(".png"))
+        draw(result, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
