@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How the released models and all figures on their cards were made, from nothing: about three hours on two CPU cores.
+# How released models and all figures on their cards are made, from nothing: an evening on two CPU cores.
 #
 #     bash model_cards/build.sh [ldraw_parts.npz]    # run again after an interruption, it goes on where it was
 #
