@@ -35,9 +35,9 @@ def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]
     pretrained = ["--model_name_or_path", model]
     untrained, forest = [*pretrained, "--untrained"], ["--baseline", "random_forest"]
     frozen = (("pretrained", pretrained), ("untrained", untrained), ("forest", forest))
-    for fraction in reversed(FRACTIONS):
+    shares = {f: [] if f == 1 else ["--train_fraction", str(f)] for f in reversed(FRACTIONS)}
+    for fraction, share in shares.items():
         for kind, source in frozen:
-            share = [] if fraction == 1 else ["--train_fraction", str(fraction)]
             yield "linear_svm", f"{kind}-{fraction:g}", ["linear_svm.py", *source, *share, *SEEDS]
     for ways in ("5", "10"):
         for shots in ("10", "20"):
@@ -51,9 +51,8 @@ def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]
         task: ["--max_steps", str(steps), "--validation_fraction", "0", "--mixed_precision", "bf16", *SEEDS]
         for task, steps in STEPS.items()
     }
-    for fraction in reversed(FRACTIONS):
+    for fraction, share in shares.items():
         for kind, source in tuned:
-            share = [] if fraction == 1 else ["--train_fraction", str(fraction)]
             command = ["finetune_classification.py", *source, *share, *length["classification"]]
             yield "classification", f"{kind}-{fraction:g}", command
     for kind, source in tuned if has_parts else ():

@@ -21,6 +21,7 @@ from jointmae_hf.evaluation import extract_features, linear_svm
 from jointmae_hf.evaluation.results import command_line, weights_digest
 from jointmae_hf.evaluation.tasks import load_encoder
 from jointmae_hf.publishing import rewrite_block
+from jointmae_hf.training.checkpoints import replace_file
 from jointmae_hf.training.pretraining import device_name, git_commit, versions
 
 
@@ -86,12 +87,15 @@ def main():
     arguments = parser.parse_args()
 
     found: dict[str, dict[str, float]] = {name: {} for name in SPOILT}
-    for kind in ("pretrained", "untrained"):
-        model = load_encoder(arguments.model, kind == "untrained", arguments.seed)
-        train, test, dense = (
-            load_point_table(arguments.dataset, split, num_points=times * model.config.num_points, seed=arguments.seed)
-            for split, times in (("train", 1), ("test", 1), ("test", 2))
-        )
+    trained, untrained = (
+        load_encoder(arguments.model, is_untrained, arguments.seed) for is_untrained in (False, True)
+    )
+    num_points = trained.config.num_points
+    train, test, dense = (
+        load_point_table(arguments.dataset, split, num_points=times * num_points, seed=arguments.seed)
+        for split, times in (("train", 1), ("test", 1), ("test", 2))
+    )
+    for kind, model in (("pretrained", trained), ("untrained", untrained)):
         features = extract_features(model, train.points)
         for name, spoil in SPOILT.items():
             rng = np.random.default_rng(arguments.seed)
@@ -99,20 +103,18 @@ def main():
             spoilt = extract_features(model, normalize_clouds(points.astype(np.float32)))
             found[name][kind] = linear_svm(features, train.labels, spoilt, test.labels)["accuracy"]
             print(f"{kind}, {name}: {found[name][kind]:.1f}", flush=True)
-        if kind == "pretrained":
-            digest = weights_digest(model)
 
     record = {
         "command": command_line(),
         "protocol": "linear SVM on standardised features of clean training clouds, C = 0.01; test clouds spoilt",
         "dataset": arguments.dataset,
         "sizes": {"train": len(train.points), "test": len(test.points)},
-        "weights": digest,
+        "weights": weights_digest(trained),
         "accuracy": found,
         "seed": arguments.seed,
         "versions": versions(),
         "git_commit": git_commit(),
-        "device": device_name(model.device),
+        "device": device_name(trained.device),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
@@ -120,7 +122,7 @@ def main():
         lines = ["| test clouds | pre-trained | untrained |", "| --- | ---: | ---: |"]
         lines += [f"| {name} | {row['pretrained']:.1f} | {row['untrained']:.1f} |" for name, row in found.items()]
         text = arguments.table.read_text(encoding="utf-8")
-        arguments.table.write_text(rewrite_block(text, "robustness", "\n".join(lines)), encoding="utf-8")
+        replace_file(arguments.table, rewrite_block(text, "robustness", "\n".join(lines)))
 
 
 if __name__ == "__main__":

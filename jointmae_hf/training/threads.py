@@ -52,12 +52,9 @@ class ReplicaThreads:
             The values of `terms`.
         """
         count = len(self.replicas)
-        slices = {name: tensor.chunk(count) for name, tensor in batch.items()}
         work = [
-            self.executor.submit(
-                self._backward, replica, {name: parts[i] for name, parts in slices.items()}, terms, scale / count
-            )
-            for i, replica in enumerate(self.replicas)
+            self.executor.submit(self._backward, replica, part, terms, scale / count)
+            for replica, part in zip(self.replicas, self._slices(batch), strict=True)
         ]
         values = torch.stack([done.result() for done in work]).mean(0)
         self._gather_gradients()
@@ -71,11 +68,20 @@ class ReplicaThreads:
                     shared.grad = parameter.grad if shared.grad is None else shared.grad.add_(parameter.grad)
                     parameter.grad = None
 
+    def _slices(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The part of a batch that each replica gets."""
+        count = len(self.replicas)
+        chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
+        return [{name: parts[i] for name, parts in chunks.items()} for i in range(count)]
+
+    def _forward(self, replica: nn.Module, batch: dict[str, torch.Tensor]) -> ModelOutput:
+        with self.context():
+            return replica(**batch)
+
     def _backward(
         self, replica: nn.Module, batch: dict[str, torch.Tensor], terms: list[str], scale: float
     ) -> torch.Tensor:
-        with self.context():
-            outputs = replica(**batch)
+        outputs = self._forward(replica, batch)
         (outputs.loss * scale).backward()
         return torch.stack([outputs[name].detach().float() for name in terms])
 
@@ -86,9 +92,7 @@ class AgreementThreads(ReplicaThreads):
     def backward(self, batch: dict[str, torch.Tensor], terms: list[str], scale: float = 1.0) -> torch.Tensor:
         """As in [`ReplicaThreads`]; the agreement is that of the whole batch."""
         config, count = self.model.config, len(self.replicas)
-        slices = {name: tensor.chunk(count) for name, tensor in batch.items()}
-        batches = [{name: parts[i] for name, parts in slices.items()} for i in range(count)]
-        parts = list(self.executor.map(self._encode, self.replicas, batches))
+        parts = list(self.executor.map(self._forward, self.replicas, self._slices(batch)))
         views = torch.cat([part.view_features.detach() for part in parts], dim=1).requires_grad_()
         agreement = agreement_loss(*views, config.agreement_temperature)
         (agreement * config.agreement_loss_weight * scale).backward()
@@ -104,10 +108,6 @@ class AgreementThreads(ReplicaThreads):
         means["loss"] = torch.stack(losses).detach().float().mean() + config.agreement_loss_weight * agreement
         means["loss_agreement"] = agreement
         return torch.stack([means[name] for name in terms])
-
-    def _encode(self, replica: nn.Module, batch: dict[str, torch.Tensor]) -> ModelOutput:
-        with self.context():
-            return replica(**batch)
 
 
 class EncoderThreads(ReplicaThreads):
@@ -132,7 +132,7 @@ class EncoderThreads(ReplicaThreads):
         Returns:
             The loss, detached, not scaled.
         """
-        parts = list(self.executor.map(self._encode, self.replicas, points.chunk(len(self.replicas))))
+        parts = list(self.executor.map(self._forward, self.replicas, self._slices({"point_values": points})))
         whole = {}
         for name, tensor in parts[0].items():
             whole[name] = torch.cat([part[name].detach() for part in parts]).requires_grad_(tensor.requires_grad)
@@ -146,7 +146,3 @@ class EncoderThreads(ReplicaThreads):
             list(self.executor.map(torch.autograd.backward, roots, gradients))
             self._gather_gradients()
         return loss.detach()
-
-    def _encode(self, replica: nn.Module, points: torch.Tensor) -> ModelOutput:
-        with self.context():
-            return replica(points)
