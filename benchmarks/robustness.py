@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jointmae_hf.data.augmentation import Augmentation, normalize_clouds
+from jointmae_hf.data.augmentation import Augmentation, axis_rotation, normalize_clouds
 from jointmae_hf.data.loading import load_point_table
 from jointmae_hf.evaluation import extract_features, linear_svm
 from jointmae_hf.evaluation.results import command_line, weights_digest
@@ -38,12 +38,8 @@ def turn(rotation: str) -> Callable:
 
 
 def lean(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turned by 15 degrees about any axis (Rodrigues)."""
-    axis = rng.normal(size=3)
-    x, y, z = axis / np.linalg.norm(axis)
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    angle = np.deg2rad(15)
-    return cloud @ (np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross).T
+    """Turned by 15 degrees about any axis."""
+    return cloud @ axis_rotation(rng.normal(size=3), np.deg2rad(15)).T
 
 
 def tear(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:

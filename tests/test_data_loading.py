@@ -235,7 +235,44 @@ def test_rotations_keep_lengths_handedness_and_their_axis(rotation):
     np.testing.assert_allclose(apply_affine(points, matrix[None], np.ones((1, 3)))[0], points[0] @ matrix.T + 1, 1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"scale": (0, 1)}, {"scale": (2, 1)}, {"max_shift": -1}, {"rotation": "w"}])
+def test_tilts_turn_about_any_axis_by_no_more_than_they_may():
+    maps = [Augmentation((1, 1), 0, max_tilt=15).draw(counter_generator(0, SAMPLES, 0, i))[0] for i in range(300)]
+    np.testing.assert_allclose([matrix @ matrix.T for matrix in maps], [np.eye(3)] * 300, atol=1e-12)
+    angles = np.rad2deg([np.arccos((np.trace(matrix) - 1) / 2) for matrix in maps])
+    assert angles.min() < 0.5 and 14.5 < angles.max() <= 15
+    axes = np.stack([[m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]] for m in maps])
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    np.testing.assert_allclose(axes.T @ axes / 300, np.eye(3) / 3, atol=0.07)  # no direction is preferred
+
+
+def test_jitter_is_noise_of_a_deviation_of_its_own_for_each_sample_and_view():
+    clouds, keys = random_clouds([64] * 40), [(0, i) for i in range(40)]
+    config = small_config(agreement_loss_weight=1.0)
+    plain, noisy = (
+        PreTrainingCollator(config, Augmentation((1, 1), 0, max_jitter=jitter), 0)(clouds, keys) for jitter in (0, 0.1)
+    )
+    assert torch.equal(plain["point_values"], plain["second_point_values"])
+    noise = noisy["point_values"] - plain["point_values"]
+    deviation = noise.flatten(1).std(1)
+    assert 0 < deviation.min() < 0.02 and 0.08 < deviation.max() < 0.12
+    assert noise.mean().abs() < 0.005
+    other = noisy["second_point_values"] - plain["second_point_values"]
+    assert abs(np.corrcoef(noise.flatten(), other.flatten())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": (0, 1)},
+        {"scale": (2, 1)},
+        {"max_shift": -1},
+        {"rotation": "w"},
+        {"max_tilt": 181},
+        {"max_tilt": float("nan")},
+        {"max_jitter": -0.1},
+        {"max_jitter": float("inf")},
+    ],
+)
 def test_impossible_augmentations_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Augmentation(**wrong)

@@ -122,7 +122,7 @@ def test_batches_made_in_one_go_are_those_made_one_by_one():
 def test_shapes_that_are_made_later_give_the_same_batches(weights):
     sources = {"procedural": ProceduralClouds(NUM_POINTS, 3), "table": ShuffledClouds(table(30, 50), 3, 1)}
     sources = {name: sources[name] for name in weights}
-    augmented = collator(augmentation=Augmentation((0.5, 1.5), 0.3, "so3"))
+    augmented = collator(augmentation=Augmentation((0.5, 1.5), 0.3, "so3", max_tilt=20, max_jitter=0.05))
     now, later = (MixedBatches(sources, weights, augmented, batch_size=8, deferred=d) for d in (False, True))
     loader = DataLoader(later, batch_sampler=[[0, 1], [2]], collate_fn=list, num_workers=1)
     for number, (batch, _) in enumerate(chain.from_iterable(loader)):

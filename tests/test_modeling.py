@@ -25,7 +25,7 @@ from jointmae_hf.geometry_joint_mae import (
     project_points,
     view_projection,
 )
-from jointmae_hf.modeling_joint_mae import agreement_loss, group_max, patchify, random_mask
+from jointmae_hf.modeling_joint_mae import agreement_loss, group_max, patchify, pool_tokens, random_mask
 
 
 TINY = {
@@ -190,6 +190,32 @@ def test_pooled_feature_is_mean_and_maximum_of_3d_tokens():
     output = build(JointMAEModel, config)(**with_images(clouds(), config))
     tokens = output.last_hidden_state[:, :16]
     torch.testing.assert_close(output.pooler_output, torch.cat([tokens.mean(1), tokens.max(1).values], dim=1))
+
+
+@pytest.mark.parametrize("deviation", [False, True])
+def test_features_of_several_layers_stand_side_by_side(deviation):
+    config = tiny_config(pooling_layers=[3, 1], pooling_deviation=deviation)
+    model = build(JointMAEModel, config)
+    after_first = []
+    model.layers[0].register_forward_hook(lambda module, inputs, output: after_first.append(output))
+    output = model(**with_images(clouds(), config))
+    expected = []
+    for tokens in (output.last_hidden_state[:, :16], after_first[0][:, :16]):
+        expected += [tokens.mean(1), tokens.max(1).values] + [tokens.std(1, unbiased=False)] * deviation
+    assert output.pooler_output.shape == (2, config.pooled_size)
+    torch.testing.assert_close(output.pooler_output, torch.cat(expected, dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_pooled_deviation_has_a_gradient_where_all_tokens_are_equal():
+    tokens = torch.ones(1, 4, 3, requires_grad=True)
+    pool_tokens(tokens, deviation=True).sum().backward()
+    assert tokens.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("head", [JointMAEForPointCloudClassification, JointMAEForPartSegmentation])
+def test_heads_take_the_features_of_several_layers(head):
+    model = build(head, tiny_config(pooling_layers=[1, 2], pooling_deviation=True, num_labels=3))
+    assert model(clouds()).logits.shape[-1] == 3
 
 
 # ---- Local-aligned attention
@@ -832,6 +858,9 @@ def test_configuration_survives_json(tmp_path):
         ("cross_loss_weight", -1.0, "0 or more"),
         ("agreement_loss_weight", -1.0, "0 or more"),
         ("agreement_temperature", 0.0, "more than 0"),
+        ("pooling_layers", [], "None or a list of blocks"),
+        ("pooling_layers", [0, 1], "None or a list of blocks"),
+        ("pooling_layers", [4], r"1 to `num_hidden_layers` \(3\)"),
         ("classifier_hidden_size", 0, "a positive integer"),
         ("classifier_num_layers", 0, "a positive integer"),
         ("num_object_classes", -1, "0 or more"),

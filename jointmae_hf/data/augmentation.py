@@ -70,12 +70,15 @@ def normalize_clouds(points: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Augmentation:
     """
-    A random affine map for each sample: rotation, then a scale for each axis, then a shift.
+    What happens to each sample at random: rotation, a scale for each axis, a shift, noise on each point.
 
     Args:
         scale: range of the uniform factor of each axis [relative, Point-MAE].
         max_shift: each axis moves by a uniform amount up to this, either way, in unit-sphere coordinates [relative].
         rotation: `"none"`, about the axis `"x"`, `"y"` or `"z"`, or any of `"so3"`.
+        max_tilt: degrees; after that a turn about any axis by a uniform angle up to this [ours].
+        max_jitter: points move by Gaussian noise, in unit-sphere coordinates, whose deviation is uniform up to this
+            for each sample [ours].
 
     Raises:
         ValueError: if a range is empty or reaches 0, or `rotation` is unknown.
@@ -84,12 +87,17 @@ class Augmentation:
     scale: tuple[float, float] = (2 / 3, 3 / 2)
     max_shift: float = 0.2
     rotation: str = "none"
+    max_tilt: float = 0.0
+    max_jitter: float = 0.0
 
     def __post_init__(self):
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"`scale` is {self.scale}, expected two positive numbers, the smaller first.")
-        if self.max_shift < 0:
-            raise ValueError(f"`max_shift` is {self.max_shift}, expected 0 or more.")
+        for name in ("max_shift", "max_jitter"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more.")
+        if not 0 <= self.max_tilt <= 180:
+            raise ValueError(f"`max_tilt` is {self.max_tilt}, expected 0 to 180 degrees.")
         if self.rotation not in ROTATIONS:
             raise ValueError(f"`rotation` is {self.rotation!r}, expected one of {ROTATIONS}.")
 
@@ -97,12 +105,28 @@ class Augmentation:
         """A random map `(matrix, shift)` of shapes `(3, 3)` and `(3,)`: a point becomes `matrix @ point + shift`."""
         scale = generator.uniform(*self.scale, size=3)
         shift = generator.uniform(-self.max_shift, self.max_shift, size=3)
-        return scale[:, None] * _random_rotation(generator, self.rotation), shift
+        rotation = _random_rotation(generator, self.rotation)
+        if self.max_tilt > 0:  # else it draws nothing
+            angle = np.deg2rad(generator.uniform(0, self.max_tilt))
+            rotation = axis_rotation(generator.standard_normal(3), angle) @ rotation
+        return scale[:, None] * rotation, shift
+
+    def draw_jitter(self, generator: np.random.Generator, num_points: int) -> np.ndarray:
+        """What is added to the points of a sample: float32 `(num_points, 3)`."""
+        deviation = np.float32(generator.uniform(0, self.max_jitter))
+        return deviation * generator.standard_normal((num_points, 3), dtype=np.float32)
 
 
 def apply_affine(points: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """Maps `(batch, num_points, 3)` by one `(3, 3)` matrix and `(3,)` shift a cloud; float32."""
     return points @ matrix.astype(np.float32).transpose(0, 2, 1) + shift.astype(np.float32)[:, None]
+
+
+def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
+    """The rotation `(3, 3)` by an angle in radians about an axis `(3,)` of any length above 0 (Rodrigues)."""
+    x, y, z = axis / np.linalg.norm(axis)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
 def _random_rotation(generator: np.random.Generator, rotation: str) -> np.ndarray:
@@ -118,10 +142,4 @@ def _random_rotation(generator: np.random.Generator, rotation: str) -> np.ndarra
                 [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
             ]
         )
-    axis = "xyz".index(rotation)
-    angle = generator.uniform(0, 2 * np.pi)
-    matrix = np.eye(3)
-    first, second = (axis + 1) % 3, (axis + 2) % 3
-    matrix[[first, second], [first, second]] = np.cos(angle)
-    matrix[second, first], matrix[first, second] = np.sin(angle), -np.sin(angle)
-    return matrix
+    return axis_rotation(np.eye(3)["xyz".index(rotation)], generator.uniform(0, 2 * np.pi))

@@ -67,7 +67,8 @@ class PreTrainingCollator:
         """
         views, batch = self.draw(clouds, keys)
         for name, view in zip(("point_values", "second_point_values"), views, strict=False):
-            batch[name] = torch.from_numpy(apply_affine(normalize_clouds(view.points), view.matrix, view.shift))
+            points = apply_affine(normalize_clouds(view.points), view.matrix, view.shift)
+            batch[name] = torch.from_numpy(points if view.jitter is None else points + view.jitter)
         return batch
 
     def draw(
@@ -86,20 +87,22 @@ class PreTrainingCollator:
         """
         size = len(clouds)
         num_present = sum(cloud is not None for cloud in clouds)
-        views = [View(size, num_present, self.num_points) for _ in range(2 if self.compares_views else 1)]
+        views = [
+            View(size, num_present, self.num_points, self.augmentation) for _ in range(2 if self.compares_views else 1)
+        ]
         projected = np.empty(size, dtype=np.int64)
         point_noise = np.empty((size, self.num_tokens), dtype=np.float32)
         patch_noise = np.empty((size, self.num_patches), dtype=np.float32)
         dropped = np.empty(size, dtype=bool)
         for row, (cloud, (epoch, index)) in enumerate(zip(clouds, keys, strict=True)):
             generator = counter_generator(self.seed, SAMPLES, epoch, index)
-            views[0].draw(row, cloud, self.augmentation, generator)
+            views[0].draw(row, cloud, generator)
             projected[row] = generator.integers(len(VIEW_AXES))
             point_noise[row] = generator.random(self.num_tokens, dtype=np.float32)
             patch_noise[row] = generator.random(self.num_patches, dtype=np.float32)
             dropped[row] = generator.random() < self.modality_dropout
             for second in views[1:]:  # last, so that all else is what it is without a second view
-                second.draw(row, cloud, self.augmentation, generator)
+                second.draw(row, cloud, generator)
         noise = {"point_noise": torch.from_numpy(point_noise)}
         if self.use_image_branch:
             noise["view"] = torch.from_numpy(projected)
@@ -111,24 +114,30 @@ class PreTrainingCollator:
 
 class View:
     """
-    One view of the samples of a batch: which of their points it has, and the map that it goes through.
+    One view of the samples of a batch: which of their points it has, and what happens to these.
 
     Attributes:
         points: float32 `(present, num_points, 3)`, of the samples whose cloud there is, in their order.
         matrix, shift: `(batch, 3, 3)` and `(batch, 3)`, of all samples.
+        jitter: float32 `(batch, num_points, 3)`, of all samples, or `None` if the augmentation has none.
     """
 
-    def __init__(self, size: int, num_present: int, num_points: int):
+    def __init__(self, size: int, num_present: int, num_points: int, augmentation: Augmentation):
         self.points = np.empty((num_present, num_points, 3), dtype=np.float32)
         self.matrix, self.shift = np.empty((size, 3, 3)), np.empty((size, 3))
+        self.jitter = np.empty((size, num_points, 3), dtype=np.float32) if augmentation.max_jitter > 0 else None
+        self._augmentation = augmentation
         self._filled = 0
 
-    def draw(self, row: int, cloud: np.ndarray | None, augmentation: Augmentation, generator: np.random.Generator):
+    def draw(self, row: int, cloud: np.ndarray | None, generator: np.random.Generator):
         """Draws what is random for a sample. Samples come in order."""
+        num_points = self.points.shape[1]
         if cloud is not None:
-            self.points[self._filled] = cloud[subsample(generator, len(cloud), self.points.shape[1])]
+            self.points[self._filled] = cloud[subsample(generator, len(cloud), num_points)]
             self._filled += 1
-        self.matrix[row], self.shift[row] = augmentation.draw(generator)
+        self.matrix[row], self.shift[row] = self._augmentation.draw(generator)
+        if self.jitter is not None:
+            self.jitter[row] = self._augmentation.draw_jitter(generator, num_points)
 
 
 class EpochBatches(Dataset):

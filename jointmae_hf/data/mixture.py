@@ -177,6 +177,8 @@ class MixedBatches(Dataset):
         missing = np.array([cloud is None for cloud in clouds])
         batch |= {"clouds": torch.from_numpy(normalize_clouds(view.points)), "is_recipe": torch.from_numpy(missing)}
         batch |= {"matrix": torch.from_numpy(view.matrix).float(), "shift": torch.from_numpy(view.shift).float()}
+        if view.jitter is not None:
+            batch["jitter"] = torch.from_numpy(view.jitter)
         batch["recipes"] = torch.from_numpy(recipes[missing].view(np.uint8))
         return batch
 
@@ -196,6 +198,8 @@ def finish_batch(batch: dict[str, torch.Tensor], device: torch.device) -> dict[s
     points[is_recipe] = finish_clouds(recipes, surface_points(recipes, points.shape[1], device))
     # Not as a matrix product, which might be rounded to less than float32.
     batch["point_values"] = (points[:, :, None] * matrix[:, None]).sum(3).add_(shift[:, None])
+    if "jitter" in batch:
+        batch["point_values"] += batch.pop("jitter")
     return batch
 
 

@@ -168,7 +168,7 @@ def _introduction(model: PreTrainedModel, name: str, repo_id: str) -> str:
     )
     output = "`outputs.logits`"
     if _AUTO_CLASSES[kind] == "AutoModel":
-        output = f"`outputs.pooler_output`: (1, {2 * config.hidden_size})"
+        output = f"`outputs.pooler_output`: (1, {config.pooled_size})"
     return _TEXT.format(
         name=name,
         kind=_KINDS[kind],

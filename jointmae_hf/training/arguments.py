@@ -59,6 +59,8 @@ class PreTrainingArguments:
     scale_max: float = _argument(3 / 2, "Largest random scale of an axis.")
     max_shift: float = _argument(0.2, "Largest random shift along an axis, either way, in unit-sphere coordinates.")
     rotation: Literal["none", "x", "y", "z", "so3"] = _argument("none", "Random rotation: about one axis, or any.")
+    max_tilt: float = _argument(0.0, "Besides, a random turn about any axis by up to this many degrees.")
+    max_jitter: float = _argument(0.0, "Gaussian noise on each point; largest deviation, in unit-sphere coordinates.")
 
     # Length and optimisation
     epochs: float = _argument(20.0, "Passes over the data set.")

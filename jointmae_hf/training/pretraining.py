@@ -257,7 +257,13 @@ class PreTrainer:
         arguments = self.arguments
         collator = PreTrainingCollator(
             self.config,
-            Augmentation((arguments.scale_min, arguments.scale_max), arguments.max_shift, arguments.rotation),
+            Augmentation(
+                (arguments.scale_min, arguments.scale_max),
+                arguments.max_shift,
+                arguments.rotation,
+                arguments.max_tilt,
+                arguments.max_jitter,
+            ),
             arguments.seed,
         )
         self.layout = {
