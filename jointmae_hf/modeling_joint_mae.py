@@ -101,8 +101,8 @@ class JointMAEForPreTrainingOutput(ModelOutput):
             How far reconstructed points stand before the depth image, squared.
         loss_agreement (`torch.FloatTensor` of shape `()`, *optional*):
             Cross-entropy of finding the other view of each shape among those of the batch.
-        view_features (`torch.FloatTensor` of shape `(2, batch, config.pooled_size)`, *optional*):
-            What that compares: the pooled 3D tokens of both views.
+        view_features (`torch.FloatTensor` of shape `(2, batch, 2 * hidden_size)`, *optional*):
+            What that compares: the 3D tokens of the last block, pooled, of both views.
         reconstructed_points (`torch.FloatTensor` of shape `(batch, masked tokens, num_target_points, 3)`):
             In the coordinates of `point_values`.
         reconstructed_patches (`torch.FloatTensor` of shape `(batch, masked patches, patch_size ** 2 * num_channels)`):
@@ -933,7 +933,10 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         if second_point_values is not None:
             first = outputs if config.agreement_of_visible else self.joint_mae(point_values, point_mask=point_mask)
             second: JointMAEModelOutput = self.joint_mae(second_point_values)
-            view_features = torch.stack([first.pooler_output, second.pooler_output])
+            seen = config.num_visible_tokens if config.agreement_of_visible else config.num_centers[-1]
+            # Tokens of the last block alone, whatever the features of a cloud are.
+            views = (first.last_hidden_state[:, :seen], second.last_hidden_state)
+            view_features = torch.stack([pool_tokens(tokens) for tokens in views])
             loss_agreement = agreement_loss(*view_features, config.agreement_temperature)
             loss = loss + config.agreement_loss_weight * loss_agreement
         return JointMAEForPreTrainingOutput(
