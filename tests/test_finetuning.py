@@ -379,6 +379,7 @@ def test_few_labels_make_smaller_batches(make, caplog):
     [
         ({"train_fraction": 0.0}, r"`train_fraction` is 0.0, expected in \(0, 1\]"),
         ({"validation_fraction": 1.0}, "`validation_fraction` is 1.0"),
+        ({"scale_min": 2.0}, r"`scale_min` is 2.0, expected above 0, `scale_max` \(1.5\) at most"),
         ({"seeds": [1, 1]}, r"`seeds` is \[1, 1\], expected distinct"),
         ({"model_name_or_path": None}, "expected a model, or --from_scratch"),
         ({"choose_on_test": True, "baseline": "random_forest"}, "where there is nothing to choose"),

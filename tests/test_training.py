@@ -672,6 +672,7 @@ def test_resuming_with_other_decisive_arguments_is_refused_by_their_names(make, 
         "max_steps": 4,
         "learning_rate": 1e-4,
         "max_shift": 0.1,
+        "max_jitter": 0.01,
         "dataset": str(other),
         "config_overrides": CONFIG + ",mask_ratio=0.5",
     }.items():
@@ -708,6 +709,8 @@ def test_an_output_folder_in_use_is_refused_unless_it_may_be_overwritten(make):
         ({"dataset": None}, "`dataset` is None"),
         ({"train_data": "procedural:0"}, "`train_data` gives 'procedural' the weight 0"),
         ({"split": "validation"}, "validation"),
+        ({"scale_min": 2.0}, "`scale` is"),
+        ({"max_tilt": 200.0}, "`max_tilt` is 200.0"),
     ],
 )
 def test_unusable_arguments_are_refused_before_training(make, wrong, message):

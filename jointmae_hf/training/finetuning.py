@@ -724,9 +724,12 @@ def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
     if getattr(arguments, "baseline", "none") == "random_forest":
         words = ["random forest of 500 trees on shape histograms, fixed beforehand"]
     else:
+        augmentation = arguments.augmentation
+        if augmentation == "scale_translate":
+            augmentation += f", scales {arguments.scale_min:.3g} to {arguments.scale_max:.3g}"
         words = [
             f"fine-tuned ({what[arguments.head]})",
-            f"{run['steps']:,} steps of {run['batch_size']} shapes ({arguments.augmentation})",
+            f"{run['steps']:,} steps of {run['batch_size']} shapes ({augmentation})",
             f"AdamW, learning rate {arguments.learning_rate:g}, weight decay {arguments.weight_decay:g}",
             f"{run['num_points']:,} points",
             "last step reported",

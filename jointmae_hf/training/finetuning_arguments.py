@@ -50,6 +50,8 @@ class FineTuningArguments:
     augmentation: Literal["scale_translate", "rotate", "none"] = _argument(
         "scale_translate", "Recipe: random scale and shift of each axis, or random rotation about one axis."
     )
+    scale_min: float = _argument(2 / 3, "Smallest random scale of an axis, in the recipe `scale_translate`.")
+    scale_max: float = _argument(3 / 2, "Largest random scale of an axis, likewise.")
     rotation_axis: Literal["x", "y", "z"] = _argument("y", "Axis of the recipe `rotate`: the one that points up.")
 
     # Length and optimisation
@@ -100,6 +102,9 @@ class FineTuningArguments:
         for name in ("max_steps", "save_total_limit", "num_threads"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0")
         self._require("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)")
+        self._require(
+            "scale_min", 0 < self.scale_min <= self.scale_max, f"above 0, `scale_max` ({self.scale_max:g}) at most"
+        )
         self._require("train_fraction", 0 < self.train_fraction <= 1, "in (0, 1]")
         self._require("validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")
         valid = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0
@@ -117,7 +122,7 @@ class FineTuningArguments:
     def recipe(self) -> Augmentation:
         """The random maps of the augmentation that is named."""
         if self.augmentation == "scale_translate":
-            return Augmentation()
+            return Augmentation((self.scale_min, self.scale_max))
         return Augmentation((1, 1), 0.0, self.rotation_axis if self.augmentation == "rotate" else "none")
 
 

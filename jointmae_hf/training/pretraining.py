@@ -93,6 +93,8 @@ DECISIVE = (
     "scale_max",
     "max_shift",
     "rotation",
+    "max_tilt",
+    "max_jitter",
     "learning_rate",
     "warmup_ratio",
     "weight_decay",
