@@ -920,7 +920,8 @@ def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp
     assert (arguments.preset, arguments.max_steps, arguments.output_dir) == (preset, 7, "somewhere")
     assert arguments.mixed_precision == precision and arguments.compile == (device == "gpu")
     assert arguments.train_data == "procedural" and arguments.evaluate
-    assert build_config(arguments).agreement_loss_weight > 0
+    config = build_config(arguments)
+    assert config.agreement_loss_weight > 0 and config.pooling_layers[-1] == config.num_hidden_layers
 
 
 def test_a_run_on_the_cpu_has_the_threads_it_was_told(make):
