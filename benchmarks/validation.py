@@ -1,12 +1,16 @@
 """How good frozen features are on a labelled set, to choose recipes by: cross-validation without the test split.
 
     python benchmarks/validation.py outputs/pretrain outputs/other --data ldraw_parts.npz --output validation.json
+    python benchmarks/validation.py outputs/pretrain --data examples/data/kicad-parts --few 300 \\
+        --config_overrides "pooling_layers=[2,4,6],pooling_deviation=true" --spoil --output validation.json
     python benchmarks/validation.py outputs/pretrain --data ldraw_parts.npz --test --output test.json
 
-The data are an npz of `points` (n, any, 3), `labels`, `group` (shapes never kept apart) and `is_test`. There
-are five folds over the groups of the training split; each is predicted from all others, and from 1,000 shapes of them.
-The protocol is that of `linear_svm`: 3D alone, standardised features, C = 0.01. Each model is compared with the same
-network untrained. With `--test` the test split is predicted instead: once, for what has been chosen.
+The data are an npz of `points` (n, any, 3), `labels`, `group` (shapes never kept apart) and `is_test`, or a folder of
+`points`, `label` and `family` with a train split. There are five folds over the groups of the training split; each is
+predicted from all others, and from a few shapes of them. The protocol is that of `linear_svm`: 3D alone, standardised
+features, C = 0.01. Each model is compared with the same network untrained. `--spoil` also predicts shapes that are
+spoilt in the ways of `robustness.py`, from clean ones. With `--test` the test split is predicted instead: once, for
+what has been chosen.
 """
 
 import argparse
@@ -15,20 +19,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from datasets import load_dataset
+from robustness import SPOILT
 
 from jointmae_hf import JointMAEForPreTraining
 from jointmae_hf.data.augmentation import normalize_clouds
+from jointmae_hf.data.loading import load_point_table
 from jointmae_hf.evaluation import extract_features
 from jointmae_hf.evaluation.linear_svm import standardize
+from jointmae_hf.training.arguments import parse_config_overrides
 from jointmae_hf.training.pretraining import build_untrained_model, device_name, versions
 
 
 NUM_FOLDS = 5
-FEW = 1000
+SPOILS = ("noise of 1 % of the radius", "noise of 3 % of the radius", "turned by 15 degrees about any axis")
 
 
 def read(path: Path, num_points: int, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of the data; points subsampled, the same places for all shapes, and normalised."""
+    """The arrays of the data; points subsampled, the same places for all shapes of an npz, and normalised."""
+    if path.is_dir():
+        table = load_point_table(str(path), "train", num_points=num_points, seed=seed)
+        family = load_dataset(str(path), split="train")["family"]
+        group = np.unique(family, return_inverse=True)[1]
+        return {
+            "points": table.points,
+            "labels": table.labels,
+            "group": group,
+            "is_test": np.zeros(len(group), dtype=bool),
+        }
     with np.load(path, allow_pickle=False) as file:
         data = {name: file[name] for name in ("points", "labels", "group", "is_test")}
     chosen = np.random.default_rng(seed).permutation(data["points"].shape[1])[:num_points]
@@ -48,13 +66,21 @@ def splits(data: dict[str, np.ndarray], test: bool, seed: int) -> Iterator[tuple
         yield train[fold != number], train[fold == number]
 
 
-def accuracy(features: np.ndarray, data: dict[str, np.ndarray], test: bool, seed: int) -> dict[str, float]:
-    """Accuracy in percent over all rows that are predicted, learnt from all shapes and from a few."""
+def accuracy(
+    features: np.ndarray, looked_at: np.ndarray, data: dict[str, np.ndarray], arguments: argparse.Namespace
+) -> dict[str, float]:
+    """
+    Accuracy in percent over all rows that are predicted, learnt from all shapes and from a few.
+
+    Args:
+        features: what is learnt from.
+        looked_at: features of the same shapes, of which the rows to predict are taken.
+    """
     right = {"all": [], "few": []}
-    for number, (train, held_out) in enumerate(splits(data, test, seed)):
-        few = np.random.default_rng(number).permutation(train)[:FEW]
+    for number, (train, held_out) in enumerate(splits(data, arguments.test, arguments.seed)):
+        few = np.random.default_rng(number).permutation(train)[: arguments.few]
         for name, rows in (("all", train), ("few", few)):
-            predicted = predict(features[rows], data["labels"][rows], features[held_out])
+            predicted = predict(features[rows], data["labels"][rows], looked_at[held_out])
             right[name].append(predicted == data["labels"][held_out])
     return {name: round(100 * float(np.concatenate(found).mean()), 2) for name, found in right.items()}
 
@@ -74,21 +100,33 @@ def main():
     parser.add_argument("--num_points", type=int, help="points of each shape (default: those of the model)")
     parser.add_argument("--seed", type=int, default=0, help="of folds, subsamples and untrained networks")
     parser.add_argument("--test", action="store_true", help="predict the test split, for the final comparison only")
+    parser.add_argument("--few", type=int, default=1000, help="shapes that are few")
+    parser.add_argument("--spoil", action="store_true", help="predict spoilt shapes, too")
+    parser.add_argument("--config_overrides", help="fields of the configuration to replace, as in pretrain.py")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     arguments = parser.parse_args()
 
     results = []
     for name in arguments.models:
-        trained = JointMAEForPreTraining.from_pretrained(name)
+        overrides = parse_config_overrides(arguments.config_overrides or "")
+        trained = JointMAEForPreTraining.from_pretrained(name, **overrides)
         data = read(arguments.data, arguments.num_points or trained.config.num_points, arguments.seed)
         found = {}
         for key, model in (("trained", trained), ("untrained", build_untrained_model(trained.config, arguments.seed))):
-            found[key] = accuracy(extract_features(model, data["points"]), data, arguments.test, arguments.seed)
+            features = extract_features(model, data["points"])
+            found[key] = accuracy(features, features, data, arguments)
+            for spoil in SPOILS if arguments.spoil else ():
+                rng = np.random.default_rng(arguments.seed)
+                points = np.stack([SPOILT[spoil](cloud, rng) for cloud in data["points"]])
+                looked_at = extract_features(model, normalize_clouds(points.astype(np.float32)))
+                found[f"{key}, {spoil}"] = accuracy(features, looked_at, data, arguments)
         results.append({"model": name, **found})
         print(json.dumps(results[-1]), flush=True)
     record = {
         "split": "test" if arguments.test else f"{NUM_FOLDS}-fold cross-validation of the training split by group",
-        "few": FEW,
+        "data": arguments.data.name,
+        "few": arguments.few,
+        "config_overrides": arguments.config_overrides,
         "seed": arguments.seed,
         "versions": versions(),
         "device": device_name(trained.device),

@@ -34,6 +34,7 @@ _LISTS = (
     "patch_strides",
     "image_embed_sizes",
     "alignment_radii",
+    "pooling_layers",
 )
 
 
@@ -105,6 +106,11 @@ class JointMAEConfig(PreTrainedConfig):
         agreement_of_visible (`bool`, defaults to `True`):
             Whether the visible tokens of the first view stand for it, or all of them, at the cost of another pass.
         agreement_temperature (`float`, defaults to 0.1): Temperature of that comparison [relative, CrossPoint].
+        pooling_layers (`list[int]`, *optional*):
+            Blocks of the encoder, 1 for the first, after which the 3D tokens of a cloud are pooled into its features,
+            side by side; the last one's are normalised. Left out, those of the last one alone [ours].
+        pooling_deviation (`bool`, defaults to `False`):
+            Whether tokens are pooled into their standard deviation as well as their mean and maximum [ours].
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
         classifier_num_layers (`int`, defaults to 3): Layers of the classification head [relative]; 1 is a linear one.
@@ -165,6 +171,8 @@ class JointMAEConfig(PreTrainedConfig):
     agreement_loss_weight: float | int = 0.0
     agreement_of_visible: bool = True
     agreement_temperature: float | int = 0.1
+    pooling_layers: list[int] | tuple[int, ...] | None = None
+    pooling_deviation: bool = False
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5
     classifier_num_layers: int = 3
@@ -172,7 +180,8 @@ class JointMAEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name in _LISTS:  # JSON knows no tuples: the same configuration before and after saving
-            setattr(self, name, list(getattr(self, name)))
+            if getattr(self, name) is not None:
+                setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -210,6 +219,11 @@ class JointMAEConfig(PreTrainedConfig):
     def num_visible_patches(self) -> int:
         """2D patches that stay visible in pre-training."""
         return self.num_patches - round(self.num_patches * self.image_mask_ratio)
+
+    @property
+    def pooled_size(self) -> int:
+        """Features of a cloud: width of `pooler_output`."""
+        return self.hidden_size * len(self.pooling_layers or [-1]) * (3 if self.pooling_deviation else 2)
 
     def validate_architecture(self):
         """Part of `@strict`: each error names the field, its value and what was expected."""
@@ -252,6 +266,11 @@ class JointMAEConfig(PreTrainedConfig):
         for name in ("splat_size", "image_kernel_size"):
             value = getattr(self, name)
             self._require(name, value > 0 and value % 2 == 1, "a positive odd integer")
+        layers = self.pooling_layers
+        valid = layers is None or (len(layers) > 0 and all(1 <= layer <= self.num_hidden_layers for layer in layers))
+        self._require(
+            "pooling_layers", valid, f"None or a list of blocks, 1 to `num_hidden_layers` ({self.num_hidden_layers})"
+        )
         self._validate_scales()
 
     def _validate_scales(self):

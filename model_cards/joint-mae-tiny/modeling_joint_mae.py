@@ -67,8 +67,9 @@ class JointMAEModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`):
             Normalised tokens of the joint encoder, 3D tokens first.
-        pooler_output (`torch.FloatTensor` of shape `(batch, 2 * hidden_size)`):
-            Mean and maximum over the 3D tokens: the feature of a cloud.
+        pooler_output (`torch.FloatTensor` of shape `(batch, config.pooled_size)`):
+            Mean and maximum over the 3D tokens of the last block, or what `config.pooling_layers` and
+            `config.pooling_deviation` say: the feature of a cloud.
         centers (`torch.FloatTensor` of shape `(batch, num_centers[-1], 3)`):
             Centre of every 3D token, visible or not, in the coordinates of `point_values`.
         fine_features (`torch.FloatTensor` of shape `(batch, num_centers[0], point_embed_sizes[0])`, *optional*):
@@ -101,7 +102,7 @@ class JointMAEForPreTrainingOutput(ModelOutput):
         loss_agreement (`torch.FloatTensor` of shape `()`, *optional*):
             Cross-entropy of finding the other view of each shape among those of the batch.
         view_features (`torch.FloatTensor` of shape `(2, batch, 2 * hidden_size)`, *optional*):
-            What that compares: the pooled 3D tokens of both views.
+            What that compares: the 3D tokens of the last block, pooled, of both views.
         reconstructed_points (`torch.FloatTensor` of shape `(batch, masked tokens, num_target_points, 3)`):
             In the coordinates of `point_values`.
         reconstructed_patches (`torch.FloatTensor` of shape `(batch, masked patches, patch_size ** 2 * num_channels)`):
@@ -593,6 +594,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
             [JointMAELayer(config, config.drop_path_rate * i / depth) for i in range(config.num_hidden_layers)]
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooled_layers = config.pooling_layers or [config.num_hidden_layers]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -644,15 +646,19 @@ class JointMAEModel(JointMAEPreTrainedModel):
             masks = self._alignment_masks(token_centers, patches, projection, image_dropped)
         positions = self.position_embeddings(token_centers, patches)
 
+        pooled = {}
         for index, layer in enumerate(self.layers):
             if index == 0 or self.config.position_every_layer:
                 hidden_states = hidden_states + positions
             mask = masks[index * len(masks) // len(self.layers)]
             hidden_states = layer(hidden_states, mask, **kwargs)
-        hidden_states = self.layernorm(hidden_states)
+            if index + 1 == len(self.layers):
+                hidden_states = self.layernorm(hidden_states)
+            if index + 1 in self.pooled_layers:
+                pooled[index + 1] = pool_tokens(hidden_states[:, :num_tokens], self.config.pooling_deviation)
         return JointMAEModelOutput(
             last_hidden_state=hidden_states,
-            pooler_output=pool_tokens(hidden_states[:, :num_tokens]),
+            pooler_output=torch.cat([pooled[layer] for layer in self.pooled_layers], dim=-1),
             centers=centers,
             fine_features=None if visible_tokens is not None else fine_features,
             fine_centers=None if visible_tokens is not None else fine_centers,
@@ -712,9 +718,15 @@ class JointMAEModel(JointMAEPreTrainedModel):
         return [masks[radius if config.use_local_alignment else None] for radius in config.alignment_radii]
 
 
-def pool_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """Mean and maximum over tokens, `(batch, n, width)` to `(batch, 2 * width)` [relative]."""
-    return torch.cat([tokens.mean(1), tokens.amax(1)], dim=-1)
+def pool_tokens(tokens: torch.Tensor, deviation: bool = False) -> torch.Tensor:
+    """
+    Mean and maximum over tokens, `(batch, n, width)` to `(batch, 2 * width)` [relative]; with `deviation` also their
+    standard deviation, to `(batch, 3 * width)` [ours].
+    """
+    pooled = [tokens.mean(1), tokens.amax(1)]
+    if deviation:
+        pooled.append((tokens.var(1, unbiased=False) + _EPS).sqrt())
+    return torch.cat(pooled, dim=-1)
 
 
 def agreement_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -921,7 +933,10 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         if second_point_values is not None:
             first = outputs if config.agreement_of_visible else self.joint_mae(point_values, point_mask=point_mask)
             second: JointMAEModelOutput = self.joint_mae(second_point_values)
-            view_features = torch.stack([first.pooler_output, second.pooler_output])
+            seen = config.num_visible_tokens if config.agreement_of_visible else config.num_centers[-1]
+            # Tokens of the last block alone, whatever the features of a cloud are.
+            views = (first.last_hidden_state[:, :seen], second.last_hidden_state)
+            view_features = torch.stack([pool_tokens(tokens) for tokens in views])
             loss_agreement = agreement_loss(*view_features, config.agreement_temperature)
             loss = loss + config.agreement_loss_weight * loss_agreement
         return JointMAEForPreTrainingOutput(
@@ -992,7 +1007,7 @@ class JointMAEClassificationHead(nn.Module):
     def __init__(self, config: JointMAEConfig):
         super().__init__()
         num_hidden, width = config.classifier_num_layers - 1, config.classifier_hidden_size
-        sizes = [2 * config.hidden_size] + [width] * num_hidden
+        sizes = [config.pooled_size] + [width] * num_hidden
         self.hidden_layers = nn.ModuleList([nn.Linear(size, width) for size in sizes[:-1]])
         self.norms = nn.ModuleList([nn.BatchNorm1d(width) for _ in range(num_hidden)])
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -1059,7 +1074,7 @@ class JointMAESegmentationHead(nn.Module):
         self.token_proj = nn.Linear(config.hidden_size, width)
         self.fine_proj = nn.Linear(config.point_embed_sizes[0], width, bias=False)
         self.point_proj = nn.Linear(3, width, bias=False)
-        self.global_proj = nn.Linear(2 * config.hidden_size + config.num_object_classes, width)
+        self.global_proj = nn.Linear(config.pooled_size + config.num_object_classes, width)
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
