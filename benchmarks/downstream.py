@@ -7,8 +7,8 @@
 Runs the commands of `examples/` one after the other and leaves a result file of each in OUTPUT; what is there already
 is not repeated, and what fine-tuning was stopped in goes on. Frozen features stand beside those of the same network
 untrained and a random forest on shape histograms, fine-tuning beside training from scratch with the same steps.
-Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 400 steps (200 for parts) of
-32 clouds in bfloat16 whatever the share.
+Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 800 steps (600 for parts) of
+32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share.
 
 `--data` is a folder with a train and a test split (without it KiCad parts), or an npz of `points` (n, any, 3),
 `labels`, `class_names` and `is_test`, of which a folder is made in outputs/ first.
@@ -27,7 +27,8 @@ import numpy as np
 TASKS = ("linear_svm", "few_shot", "retrieval", "classification", "part_segmentation")
 FRACTIONS = (0.01, 0.05, 0.1, 0.5, 1.0)
 SEEDS = ("--seeds", "0", "1", "2")
-STEPS = {"classification": 400, "part_segmentation": 200}
+STEPS = {"classification": 800, "part_segmentation": 600}
+RECIPE = ("--validation_fraction", "0", "--mixed_precision", "bf16", "--scale_min", "0.8", "--scale_max", "1.25")
 
 
 def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]]:
@@ -47,10 +48,7 @@ def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]
     for kind, source in frozen[:2]:
         yield "retrieval", kind, ["retrieval.py", *source, *SEEDS]
     tuned = (("pretrained", pretrained), ("scratch", [*pretrained, "--from_scratch"]))
-    length = {
-        task: ["--max_steps", str(steps), "--validation_fraction", "0", "--mixed_precision", "bf16", *SEEDS]
-        for task, steps in STEPS.items()
-    }
+    length = {task: ["--max_steps", str(steps), *RECIPE, *SEEDS] for task, steps in STEPS.items()}
     for fraction, share in shares.items():
         for kind, source in tuned:
             command = ["finetune_classification.py", *source, *share, *length["classification"]]
