@@ -38,11 +38,13 @@ _TEXT = """# {name}
 width {hidden_size}. Weights are safetensors.
 
 ```python
-from transformers import AutoProcessor, {auto_class}
+{imports}from transformers import AutoProcessor, {auto_class}
 
-processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True).eval()
-outputs = model(**processor(points))  # points: (n, 3), or a mesh file; {output}
+name = "{repo_id}"
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+model = {auto_class}.from_pretrained(name, trust_remote_code=True).eval()
+# points: (n, 3), or a mesh file; {output}
+outputs = model(**processor(points){told})
 ```
 
 With `import jointmae_hf` the same calls need no `trust_remote_code`.
@@ -169,7 +171,13 @@ def _introduction(model: PreTrainedModel, name: str, repo_id: str) -> str:
     output = "`outputs.logits`"
     if _AUTO_CLASSES[kind] == "AutoModel":
         output = f"`outputs.pooler_output`: (1, {config.pooled_size})"
+    imports = told = ""
+    if _AUTO_CLASSES[kind] == "AutoModelForSemanticSegmentation" and config.num_object_classes > 0:
+        # The names of these classes are in the data, not in the model.
+        imports, told = "import torch\n", ", object_class=torch.tensor([0])"
     return _TEXT.format(
+        imports=imports,
+        told=told,
         name=name,
         kind=_KINDS[kind],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
