@@ -73,6 +73,12 @@ SPOILT: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 }
 
 
+def spoil_clouds(clouds: np.ndarray, name: str, seed: int) -> np.ndarray:
+    """Clouds `(n, num_points, 3)` spoilt in the way of that name, and normalised after it: float32."""
+    rng = np.random.default_rng(seed)
+    return normalize_clouds(np.stack([SPOILT[name](cloud, rng) for cloud in clouds]).astype(np.float32))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="pre-trained model")
@@ -93,10 +99,9 @@ def main():
     )
     for kind, model in (("pretrained", trained), ("untrained", untrained)):
         features = extract_features(model, train.points)
-        for name, spoil in SPOILT.items():
-            rng = np.random.default_rng(arguments.seed)
-            points = np.stack([spoil(cloud, rng) for cloud in (dense if name == DENSE else test).points])
-            spoilt = extract_features(model, normalize_clouds(points.astype(np.float32)))
+        for name in SPOILT:
+            points = spoil_clouds((dense if name == DENSE else test).points, name, arguments.seed)
+            spoilt = extract_features(model, points)
             found[name][kind] = linear_svm(features, train.labels, spoilt, test.labels)["accuracy"]
             print(f"{kind}, {name}: {found[name][kind]:.1f}", flush=True)
 

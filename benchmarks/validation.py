@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import load_dataset
-from robustness import SPOILT
+from robustness import spoil_clouds
 
 from jointmae_hf import JointMAEForPreTraining
 from jointmae_hf.data.augmentation import normalize_clouds
@@ -116,9 +116,7 @@ def main():
             features = extract_features(model, data["points"])
             found[key] = accuracy(features, features, data, arguments)
             for spoil in SPOILS if arguments.spoil else ():
-                rng = np.random.default_rng(arguments.seed)
-                points = np.stack([SPOILT[spoil](cloud, rng) for cloud in data["points"]])
-                looked_at = extract_features(model, normalize_clouds(points.astype(np.float32)))
+                looked_at = extract_features(model, spoil_clouds(data["points"], spoil, arguments.seed))
                 found[f"{key}, {spoil}"] = accuracy(features, looked_at, data, arguments)
         results.append({"model": name, **found})
         print(json.dumps(results[-1]), flush=True)
