@@ -7,15 +7,17 @@ Nothing of the peers' code is in this repository. Whoever measures them brings i
     pip install --no-deps --target FOLDER torch-pointcloud==0.0.18 torch-geometric h5py xxhash  # --torch_pointcloud
 
 Instead of their CUDA extensions they get the functions of this package: sampling, neighbours and Chamfer distance cost
-them no more than us, so that the models are compared. timm, easydict and termcolor shrink to the names in use. Two
-peers call their packages `models` and `utils`, and some of the names are taken from torch itself, so that each peer
-needs a process of its own.
+them no more than us, so that the models are compared. With `plain` they get what is usual in plain torch, as who has
+nothing but their repositories would write it. timm, easydict and termcolor shrink to the names in use. Two peers call
+their packages `models` and `utils`, and some of the names are taken from torch itself, so that each peer needs a
+process of its own.
 """
 
 import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +50,22 @@ class Contender:
     features: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """
+    What takes the place of CUDA extensions.
+
+    Args:
+        sample: indices `(batch, num_samples)` of farthest points, given points and how many.
+        neighbors: indices `(batch, num_queries, k)`, given queries, points and k.
+        chamfer: squared Chamfer distance `(batch,)` of two batches of sets.
+    """
+
+    sample: Callable[[torch.Tensor, int], torch.Tensor]
+    neighbors: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+    chamfer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 def clouds(batch_size: int, num_points: int) -> torch.Tensor:
     """Points on ellipsoids `(batch, num_points, 3)`, in the unit sphere."""
     generator = torch.Generator().manual_seed(0)
@@ -66,8 +84,8 @@ def joint_mae(preset: str = "base", **overrides: Any) -> Contender:
     )
 
 
-def point_mae(folder: str) -> Contender:
-    model = _official(folder, "models.Point_MAE", "Point_MAE", "cfgs/pretrain.yaml")
+def point_mae(folder: str, plain: bool = False) -> Contender:
+    model = _official(folder, "models.Point_MAE", "Point_MAE", "cfgs/pretrain.yaml", plain)
 
     def features(points: torch.Tensor) -> torch.Tensor:
         tokens, _ = model.MAE_encoder(*model.group_divider(points), noaug=True)
@@ -76,22 +94,22 @@ def point_mae(folder: str) -> Contender:
     return Contender(model, lambda batch_size: clouds(batch_size, 1024), model, features)
 
 
-def point_m2ae(folder: str) -> Contender:
-    model = _official(folder, "models.Point_M2AE", "Point_M2AE", "cfgs/pre-training/point-m2ae.yaml")
+def point_m2ae(folder: str, plain: bool = False) -> Contender:
+    model = _official(folder, "models.Point_M2AE", "Point_M2AE", "cfgs/pre-training/point-m2ae.yaml", plain)
     return Contender(
         model, lambda batch_size: clouds(batch_size, 2048), model, lambda points: model(points, eval=True)
     )
 
 
-def torch_pointcloud_mae(folder: str) -> Contender:
-    models, losses = _torch_pointcloud(folder)
+def torch_pointcloud_mae(folder: str, plain: bool = False) -> Contender:
+    models, losses = _torch_pointcloud(folder, plain)
     return _packed(
         models.PointMAEPretraining(0), models.PointMAEClassification(0, 0), losses.chamfer.ChamferDistance(), 1024
     )
 
 
-def torch_pointcloud_m2ae(folder: str) -> Contender:
-    models, losses = _torch_pointcloud(folder)
+def torch_pointcloud_m2ae(folder: str, plain: bool = False) -> Contender:
+    models, losses = _torch_pointcloud(folder, plain)
     return _packed(
         models.PointM2AEPretraining(0), models.PointM2AEClassification(0, 0), losses.chamfer.ChamferDistance(), 2048
     )
@@ -127,18 +145,19 @@ def vit_mae(image_size: int = 224) -> Contender:
     )
 
 
-def _official(folder: str, module: str, name: str, config: str) -> nn.Module:
+def _official(folder: str, module: str, name: str, config: str, plain: bool) -> nn.Module:
     """A model built by its authors' class from their own configuration file."""
-    _provide_stand_ins()
+    _provide_stand_ins(PLAIN if plain else FAST)
     sys.path.insert(0, str(Path(folder).resolve()))
     settings = yaml.safe_load((Path(folder) / config).read_text())["model"]
     return getattr(importlib.import_module(module), name)(AttributeDict(settings))
 
 
-def _torch_pointcloud(folder: str) -> tuple[ModuleType, ModuleType]:
+def _torch_pointcloud(folder: str, plain: bool) -> tuple[ModuleType, ModuleType]:
+    geometry = PLAIN if plain else FAST
     sys.path.insert(0, str(Path(folder).resolve()))
     cluster = importlib.import_module("torch_pointcloud.ops.cluster")
-    cluster.pool.fps, cluster.pool.knn = _packed_sampling, _packed_neighbors
+    cluster.pool.fps, cluster.pool.knn = partial(_packed_sampling, geometry), partial(_packed_neighbors, geometry)
     losses = importlib.import_module("torch_pointcloud.losses")
     return importlib.import_module("torch_pointcloud.models"), losses
 
@@ -170,22 +189,51 @@ class AttributeDict(dict):
     __getattr__ = dict.__getitem__
 
 
+def plain_sample(points: torch.Tensor, num_samples: int) -> torch.Tensor:
+    rows = torch.arange(len(points))
+    distances, indices = torch.full(points.shape[:2], torch.inf), [torch.zeros(len(points), dtype=torch.long)]
+    for _ in range(num_samples - 1):
+        last = points[rows, indices[-1]].unsqueeze(1)
+        distances = torch.minimum(distances, (points - last).square().sum(-1))
+        indices.append(distances.argmax(-1))
+    return torch.stack(indices, dim=1)
+
+
+def plain_neighbors(queries: torch.Tensor, points: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.cdist(queries, points).topk(k, largest=False).indices
+
+
+def plain_chamfer(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    predicted = predicted.float()
+    squares = predicted.square().sum(-1, keepdim=True) + target.square().sum(-1).unsqueeze(1)
+    distances = torch.baddbmm(squares, predicted, target.mT, alpha=-2)
+    return distances.amin(2).mean(1) + distances.amin(1).mean(1)
+
+
+FAST = Geometry(farthest_point_sample, knn, chamfer_distance)
+PLAIN = Geometry(plain_sample, plain_neighbors, plain_chamfer)
+
+
 class NearestNeighbors(nn.Module):
     """knn_cuda."""
 
-    def __init__(self, k: int, transpose_mode: bool = False):
+    def __init__(self, geometry: Geometry, k: int, transpose_mode: bool = False):
         super().__init__()
-        self.k = k
+        self.geometry, self.k = geometry, k
 
     def forward(self, points: torch.Tensor, queries: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, knn(queries, points, self.k)
+        return None, self.geometry.neighbors(queries, points, self.k)
 
 
 class ChamferDistanceL2(nn.Module):
     """The Chamfer extension of both peers."""
 
+    def __init__(self, geometry: Geometry):
+        super().__init__()
+        self.geometry = geometry
+
     def forward(self, predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return chamfer_distance(predicted, target).mean()
+        return self.geometry.chamfer(predicted, target).mean()
 
 
 def _gather(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -193,33 +241,41 @@ def _gather(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return features.gather(2, indices.long().unsqueeze(1).expand(-1, features.shape[1], -1))
 
 
-def _packed_sampling(points: torch.Tensor, batch: torch.Tensor, ratio: float | None = None, **_: Any) -> torch.Tensor:
+def _packed_sampling(
+    geometry: Geometry, points: torch.Tensor, batch: torch.Tensor, ratio: float | None = None, **_: Any
+) -> torch.Tensor:
     """torch-cluster's sampling, for clouds of equal size."""
     count = int(batch[-1]) + 1
     num_points = len(points) // count
-    indices = farthest_point_sample(points.view(count, num_points, 3), round(ratio * num_points))
+    indices = geometry.sample(points.view(count, num_points, 3), round(ratio * num_points))
     return (indices + torch.arange(count).unsqueeze(1) * num_points).flatten()
 
 
 def _packed_neighbors(
-    x: torch.Tensor, y: torch.Tensor, k: int, batch_x: torch.Tensor, batch_y: torch.Tensor, **_: Any
+    geometry: Geometry,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    k: int,
+    batch_x: torch.Tensor,
+    batch_y: torch.Tensor,
+    **_: Any,
 ) -> torch.Tensor:
     """torch-cluster's neighbours, for clouds of equal size: rows of queries and of points."""
     count = int(batch_x[-1]) + 1
     num_points = len(x) // count
-    indices = knn(y.view(count, -1, 3), x.view(count, num_points, 3), k)
+    indices = geometry.neighbors(y.view(count, -1, 3), x.view(count, num_points, 3), k)
     rows = torch.arange(len(y)).repeat_interleave(k)
     return torch.stack([rows, (indices + torch.arange(count).view(-1, 1, 1) * num_points).flatten()])
 
 
-def _provide_stand_ins():
+def _provide_stand_ins(geometry: Geometry):
     """Puts modules in the place of the extensions, and lets `.cuda()` inside the models stay on the CPU."""
     sampling = _module("pointnet2_ops.pointnet2_utils")
-    sampling.furthest_point_sample, sampling.gather_operation = farthest_point_sample, _gather
+    sampling.furthest_point_sample, sampling.gather_operation = geometry.sample, _gather
     _module("pointnet2_ops").pointnet2_utils = sampling
-    _module("knn_cuda").KNN = NearestNeighbors
+    _module("knn_cuda").KNN = partial(NearestNeighbors, geometry)
     extension = _module("extensions.chamfer_dist")
-    extension.ChamferDistanceL1 = extension.ChamferDistanceL2 = ChamferDistanceL2
+    extension.ChamferDistanceL1 = extension.ChamferDistanceL2 = partial(ChamferDistanceL2, geometry)
     _module("extensions").chamfer_dist = extension
     layers = _module("timm.models.layers")
     layers.DropPath, layers.trunc_normal_ = JointMAEDropPath, nn.init.trunc_normal_

@@ -7,10 +7,16 @@ OUTPUT.png. Takes half an hour on two cores, which should have nothing else to d
 makes of every contender, which takes far longer to compile than to measure.
 
 Every contender runs in a process of its own, in each of several settings, and all of them take turns, round by round:
-ratios are of neighbours in time. Best is the setting with the lowest median. A training step is forward pass, backward
-pass and fused AdamW; random masks, views and stochastic depth are drawn as in training. Memory is the highest resident
-set of a process over some training steps, less what it held before the model was built. bfloat16 is measured where the
-processor computes in it.
+ratios are of neighbours in time. Two comparisons are made, in any precision and in float32:
+
+- as published: what a user of each has. Peers run with plain torch in the place of their CUDA extensions, we as in the
+  programs of this package, where the threads share a batch; the C library's allocator is left as it was found.
+- best: of all settings, for each side the one with the lowest median. Peers have our geometry, and both an allocator
+  that keeps what is freed.
+
+A training step is forward pass, backward pass and fused AdamW; random masks, views and stochastic depth are drawn as
+in training. Memory is the highest resident set of a process over some training steps, less what it held before the
+model was built. bfloat16 is measured where the processor computes in it.
 """
 
 import argparse
@@ -18,6 +24,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -37,10 +44,13 @@ import torch
 from peers import PEERS
 
 from jointmae_hf import JointMAEConfig
+from jointmae_hf.evaluation.features import map_batches
 from jointmae_hf.training.pretraining import device_name, git_commit, versions
+from jointmae_hf.training.threads import ReplicaThreads
 
 
 OURS = "Joint-MAE"
+PUBLISHED = "as published"
 # Task, batch size, calls in a turn.
 TASKS = {"training": (16, 2), "features": (32, 3), "latency": (1, 20)}
 # What this project wants of the ratio to a peer, best settings of both sides.
@@ -57,6 +67,13 @@ GROWTH = {
     "points": [512, 1024, 2048, 4096, 8192],
     "width": [128, 192, 256, 384, 512, 768],
 }
+# Of which settings each side takes its fastest: those with these words in their names.
+COMPARISONS = {
+    PUBLISHED: {PUBLISHED},
+    f"{PUBLISHED}, fp32": {PUBLISHED, "fp32"},
+    "best": set(),
+    "best, fp32": {"fp32"},
+}
 _PATIENCE = 1800  # seconds for one answer of a contender, compilation included
 
 
@@ -66,18 +83,18 @@ class Setting:
     How a contender runs.
 
     Args:
+        as_published: plain torch for the extensions of peers, threads that share batches for us, and the allocator as
+            it is found; else see [`keep_freed_memory`].
         compiled: by torch.compile.
-        keeps_memory: see [`keep_freed_memory`].
         precision: bfloat16 by autocast.
     """
 
+    as_published: bool = False
     compiled: bool = False
-    keeps_memory: bool = True
     precision: str = "fp32"
 
     def __str__(self) -> str:
-        words = [self.precision, "compiled" if self.compiled else "eager"]
-        return ", ".join(words if self.keeps_memory else [*words, "allocator as found"])
+        return f"{self.precision}, {PUBLISHED if self.as_published else 'compiled' if self.compiled else 'eager'}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ def serve(connection: Connection, spec: Spec):
     """Builds a contender and answers requests `(task, batch size, calls)` with measurements, until it gets `None`."""
     torch.set_num_threads(spec.threads)
     torch.manual_seed(0)
-    if spec.setting.keeps_memory:
+    if not spec.setting.as_published:
         keep_freed_memory()
     if spec.setting.compiled:  # the compiler's own memory is not the model's
         importlib.import_module("torch._inductor.compile_fx")
@@ -129,23 +146,42 @@ class Bench:
 
     def __init__(self, spec: Spec):
         self.before = resident_bytes()
-        folder = () if spec.folder is None else (spec.folder,)
-        self.contender = PEERS[spec.contender](*folder, **spec.overrides)
+        peer = {} if spec.folder is None else {"folder": spec.folder, "plain": spec.setting.as_published}
+        self.contender = PEERS[spec.contender](**peer, **spec.overrides)
         self.setting = spec.setting
+        self.replicas = None
+        if spec.contender == OURS and spec.setting.as_published:
+            self.replicas = ReplicaThreads(self.contender.model.train(), spec.threads, self._precision)
         self.loss = self._prepared(self.contender.loss)
         self.pooled = self._prepared(self.contender.features)
         self.optimizer = torch.optim.AdamW(self.contender.model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
+    def _precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.precision == "bf16")
+
     def _prepared(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         function = torch.compile(function) if self.setting.compiled else function
-        if self.setting.precision == "fp32":
-            return function
-        return torch.autocast("cpu", torch.bfloat16)(function)
+
+        def run(batch: torch.Tensor) -> torch.Tensor:
+            with self._precision():
+                return function(batch)
+
+        return run
 
     def _step(self, batch: torch.Tensor):
-        self.loss(batch).backward()
+        if self.replicas is None:
+            self.loss(batch).backward()
+        else:
+            self.replicas.backward({"point_values": batch}, ["loss"])
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _pooled(self, batch: torch.Tensor):
+        if self.replicas is None or len(batch) == 1:
+            self.pooled(batch)
+        else:
+            size = math.ceil(len(batch) / torch.get_num_threads())
+            map_batches(lambda rows: self.pooled(batch[rows]), len(batch), size, batch.device)
 
     def training(self, batch_size: int, calls: int) -> dict[str, Any]:
         self.contender.model.train()
@@ -154,7 +190,7 @@ class Bench:
     @torch.inference_mode()
     def features(self, batch_size: int, calls: int) -> dict[str, Any]:
         self.contender.model.eval()
-        return self._timed(self.pooled, batch_size, calls)
+        return self._timed(self._pooled, batch_size, calls)
 
     latency = features
 
@@ -249,23 +285,23 @@ def compare(specs: list[Spec], rounds: int) -> dict[str, Any]:
     for worker in workers:
         worker.close()
     for contender in found.values():
-        contender["best"] = {task: best_setting(contender["settings"], task) for task in TASKS}
-        contender["best, fp32"] = {task: best_setting(contender["settings"], task, "fp32") for task in TASKS}
+        for name, words in COMPARISONS.items():
+            contender[name] = {task: best_setting(contender["settings"], task, words) for task in TASKS}
     return found
 
 
-def best_setting(settings: dict[str, Any], task: str, prefix: str = "") -> str | None:
-    """The one with the lowest median, of those whose name begins with `prefix`."""
-    names = [name for name, measured in settings.items() if task in measured and name.startswith(prefix)]
+def best_setting(settings: dict[str, Any], task: str, words: set[str]) -> str | None:
+    """The one with the lowest median, of those with all `words` in their names."""
+    names = [name for name, measured in settings.items() if task in measured and words <= set(name.split(", "))]
     return min(names, key=lambda name: statistics.median(sum(settings[name][task], [])), default=None)
 
 
 def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """How many times faster we are than each peer, from the turns of one round each, best settings of both sides."""
+    """How many times faster we are than each peer, from the turns of one round each, in every comparison."""
     rows = []
     for task in TASKS:
         for peer in [name for name in found if name != OURS]:
-            for best in ("best", "best, fp32"):
+            for best in COMPARISONS:
                 sides = {name: found[name][best][task] for name in (OURS, peer)}
                 if None in sides.values():
                     continue
@@ -275,7 +311,7 @@ def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
                 ]
                 ratio = summary([theirs / own for own, theirs in zip(*turns, strict=True)])
                 row = {"task": task, "peer": peer, "settings": best, "ratio": ratio}
-                if best == "best" and (task, peer) in AIMS:
+                if "fp32" not in best and (task, peer) in AIMS:
                     row |= {"aim": AIMS[task, peer], "reached": ratio["median"] >= AIMS[task, peer]}
                 rows.append(row)
     return rows
@@ -377,10 +413,8 @@ def has_bfloat16() -> bool:
 
 def settings(compiled: bool) -> list[Setting]:
     precisions = ["fp32", "bf16"] if has_bfloat16() else ["fp32"]
-    found = [Setting(precision=precision) for precision in precisions]
-    if compiled:
-        found += [Setting(compiled=True, precision=precision) for precision in precisions]
-    return [Setting(keeps_memory=False), *found]
+    ways = [{"as_published": True}, {}, {"compiled": True}] if compiled else [{"as_published": True}, {}]
+    return [Setting(**way, precision=precision) for way in ways for precision in precisions]
 
 
 def draw(result: dict[str, Any], path: Path):
