@@ -109,9 +109,21 @@ def test_a_large_cloud_gives_a_subset_without_repetition(processor):
     assert torch.equal(inputs["point_values"], points_of(processor, cloud(500)[index]))
 
 
-def test_a_small_cloud_keeps_every_point_and_repeats_evenly(processor):
-    counts = np.bincount(processor(cloud(25), return_indices=True)["point_indices"][0], minlength=25)
-    assert counts.min() == 2 and counts.max() == 3
+@pytest.mark.parametrize("sampling", ["random", "farthest"])
+def test_a_small_cloud_keeps_every_point_and_the_rest_is_masked(processor, sampling):
+    settings = {"sampling": sampling, "return_groups": True, "do_project": True}
+    inputs = processor([cloud(25), cloud(64, 1)], return_indices=True, **settings)
+    assert inputs["point_values"].shape == (2, 64, 3)
+    assert inputs["point_mask"].sum(1).tolist() == [25, 64]
+    assert inputs["point_indices"][0].tolist() == [*range(25), *range(25), *range(14)]
+    whole = processor(cloud(25), **{**settings, "sampling": "none"})
+    alone = processor(cloud(25), **settings)
+    assert alone["point_values"].shape == (1, 64, 3) and alone["point_mask"].sum() == 25
+    for name in ("pixel_values", "projection", "center_indices", "neighbor_indices_0", "neighbor_indices_1"):
+        assert torch.equal(inputs[name][:1], whole[name]), name
+        assert torch.equal(alone[name], whole[name]), name
+    assert torch.equal(inputs["point_values"][:1, :25], whole["point_values"])
+    assert "point_mask" not in processor([cloud(64), cloud(500)], sampling=sampling)
 
 
 def test_a_cloud_of_the_right_size_keeps_its_order(processor):
@@ -127,11 +139,10 @@ def test_the_seed_alone_decides_the_subset(processor):
     assert not torch.equal(points_of(processor, cloud(500), seed=1), first)
 
 
-@pytest.mark.parametrize("size", [40, 500])
-def test_farthest_sampling_is_that_of_the_geometry(processor, size):
+def test_farthest_sampling_is_that_of_the_geometry(processor):
     offset = 5e5  # where float32 knows steps of 3 cm only
-    index = processor(cloud(size, offset=offset), sampling="farthest", return_indices=True)["point_indices"]
-    points = cloud(size) - cloud(size).mean(0)
+    index = processor(cloud(500, offset=offset), sampling="farthest", return_indices=True)["point_indices"]
+    points = cloud(500) - cloud(500).mean(0)
     assert torch.equal(index, farthest_point_sample(torch.from_numpy(points)[None].float(), 64))
 
 
@@ -177,7 +188,7 @@ def test_unusual_density_is_reported_once_with_its_numbers(processor, size, kind
 
 @pytest.mark.parametrize("size", [30, 64, 500])
 def test_clouds_are_centred_and_in_the_unit_sphere(processor, size):
-    points = points_of(processor, cloud(size, offset=40.0)).double()
+    points = points_of(processor, cloud(size, offset=40.0)).double()[:, :size]  # the rest is padding
     assert points.mean(1).abs().max() < 1e-7
     assert points.norm(dim=-1).max() == pytest.approx(1, abs=1e-6)
 

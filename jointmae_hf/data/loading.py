@@ -134,7 +134,7 @@ def load_point_table(
         dataset, split, config_name: as for [`load_point_dataset`].
         points_column: the column of clouds.
         label_column: the column of classes, `ClassLabel` or integers; without such a column there are no labels.
-        num_points: points of each cloud; smaller clouds repeat theirs.
+        num_points: points of each cloud, or as many as the largest has; smaller clouds repeat theirs.
         seed: fixes the subsample.
 
     Raises:
@@ -149,7 +149,12 @@ def load_point_table(
 
 
 def fixed_subsample(clouds: PointClouds, num_points: int, seed: int = 0) -> np.ndarray:
-    """A subsample of each cloud that is fixed by the seed, normalised: float32 `(clouds, num_points, 3)`."""
+    """
+    A subsample of each cloud that is fixed by the seed, normalised: float32 `(clouds, num_points, 3)`.
+
+    No more points than the largest cloud has: copies of all of them would tell nothing new.
+    """
+    num_points = min(num_points, int(np.diff(clouds.offsets).max()))
     points = np.empty((len(clouds), num_points, 3), dtype=np.float32)
     for index in range(len(clouds)):
         generator = counter_generator(seed, FIXED_SUBSAMPLE, 0, index)

@@ -18,6 +18,8 @@ Notable choices:
 - A cloud is processed the same whatever else is in the batch, and the same each time: every cloud gets a fresh random
   generator made from `seed`.
 - Clouds are first sampled, then normalised, so that what the model sees is centred and of radius 1 to the last digit.
+- A small cloud is padded, not repeated: copies would be each other's neighbours, and a model made for even surfaces
+  takes that for another shape.
 - Normalisation runs in float64: coordinates of a survey (5e5 m) keep their millimetres.
 - Nothing is repaired in silence. Bad input is refused with the index of the cloud; trimesh is needed for meshes only.
 """
@@ -60,7 +62,7 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
     Turns point clouds and meshes into the inputs of the Joint-MAE models.
 
     Each cloud is sampled to `num_points`, centred on its mean and scaled to the unit sphere. A cloud with fewer points
-    keeps all of them and repeats some, each equally often up to one. A mesh is sampled on its surface, evenly by area.
+    keeps all of them; the rest is padding, which `point_mask` tells. A mesh is sampled on its surface, evenly by area.
 
     Args:
         num_points (`int`, defaults to 2048): Points of each processed cloud.
@@ -144,7 +146,7 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What every call returns with the attributes as they are."""
+        """What every call returns with the attributes as they are; small clouds bring `point_mask` as well."""
         names = ["point_values"]
         if self.sampling == "none":
             names.append("point_mask")
@@ -211,7 +213,8 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
             [`BatchFeature`], on the CPU, with
 
             - **point_values** float32 `(b, num_points, 3)`, in the unit sphere.
-            - **point_mask** bool `(b, num_points)`, with `sampling="none"`: false for padding, copies of real points.
+            - **point_mask** bool `(b, num_points)`, with `sampling="none"` or if a cloud holds less than `num_points`:
+              false for padding, copies of real points.
             - **pixel_values** float32 `(b, 1, image_size, image_size)` and **projection** float32 `(b, 3, 4)`, with
               `do_project`: depth in [0, 1], and the map from a point to (pixel row, pixel column, depth).
             - **center_indices** int64 `(b, num_centers[0])` into `point_values`, with `return_groups`; the centres of
@@ -247,16 +250,17 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
         indices = _sample(clouds, num_points, sampling, seed)
         sampled = [cloud.take(index, axis=0) for cloud, index in zip(clouds, indices, strict=True)]
         points, center, scale = _normalize(sampled, names, do_normalize)
-        data, mask = {"point_values": torch.from_numpy(points)}, None
-        if sampling == "none":
-            real = np.arange(points.shape[1]) < np.array([len(cloud) for cloud in clouds])[:, None]
-            mask = data["point_mask"] = torch.from_numpy(real)
+        sizes = np.array([len(cloud) for cloud in sampled])
+        length = sizes.max() if sampling == "none" else num_points
+        data, mask = {"point_values": torch.from_numpy(_pad(points, length))}, None
+        if sampling == "none" or sizes.min() < length:
+            mask = data["point_mask"] = torch.from_numpy(np.arange(length) < sizes[:, None])
         if do_project:
             data.update(self._project(data["point_values"], view, mask))
         if return_groups:
             data.update(self._group(data["point_values"], mask))
         if return_indices:
-            data["point_indices"] = torch.from_numpy(_pad(indices))
+            data["point_indices"] = torch.from_numpy(_pad(indices, length))
         if return_normalization:
             data.update(center=torch.from_numpy(center), scale=torch.from_numpy(scale))
         if return_tensors == "np":
@@ -659,22 +663,16 @@ def _sample(clouds: list[np.ndarray], num_points: int, sampling: str, seed: int)
         members.setdefault(len(cloud), []).append(i)
     indices: list[np.ndarray] = [np.empty(0, np.int64)] * len(clouds)
     for size, group in members.items():
-        if sampling == "none" or size == num_points:
+        if sampling == "none" or size <= num_points:
             chosen = [np.arange(size)] * len(group)
         elif sampling == "random":
-            chosen = [_random_indices(size, num_points, seed)] * len(group)
+            subset = np.random.default_rng(seed).choice(size, num_points, replace=False)
+            chosen = [subset] * len(group)
         else:
             chosen = _farthest_indices(np.stack([clouds[i] for i in group]), num_points)
         for i, index in zip(group, chosen, strict=True):
             indices[i] = index
     return indices
-
-
-def _random_indices(size: int, num_points: int, seed: int) -> np.ndarray:
-    """A random subset; of a small cloud all points as often as they fit, and a random subset of them for the rest."""
-    num_rounds, rest = divmod(num_points, size)
-    subset = np.random.default_rng(seed).choice(size, rest, replace=False)
-    return np.concatenate([np.tile(np.arange(size), num_rounds), subset])
 
 
 def _farthest_indices(points: np.ndarray, num_points: int) -> np.ndarray:
@@ -691,7 +689,8 @@ def _normalize(
     if len(set(map(len, clouds))) > 1:  # padding only comes after, so that it does not change a digit
         singles = [_normalize([cloud], [name], do_normalize) for cloud, name in zip(clouds, names, strict=True)]
         values, centers, scales = zip(*singles, strict=True)
-        return _pad([value[0] for value in values]), np.concatenate(centers), np.concatenate(scales)
+        padded = _pad([value[0] for value in values], max(map(len, clouds)))
+        return padded, np.concatenate(centers), np.concatenate(scales)
     # With the points along the last axis numpy reduces several times faster than along axis 1 of `(b, n, 3)`.
     points = np.stack([cloud.T for cloud in clouds]).astype(np.float64, order="C")  # (b, 3, n)
     flat = (points.max(2) - points.min(2)).max(1) < _FLOAT32.tiny
@@ -706,7 +705,8 @@ def _normalize(
     return points.transpose(0, 2, 1).astype(np.float32, order="C"), center, scale
 
 
-def _pad(rows: list[np.ndarray]) -> np.ndarray:
-    """Arrays `(n, ...)` to `(b, longest, ...)`. Padding repeats the array, so it is nothing foreign to any reader."""
-    longest = max(map(len, rows))
-    return np.stack([row[np.arange(longest) % len(row)] for row in rows])
+def _pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Arrays `(n, ...)` to `(b, length, ...)`. Padding repeats the array, so it is nothing foreign to any reader."""
+    if isinstance(rows, np.ndarray) and rows.shape[1] == length:
+        return rows
+    return np.stack([row[np.arange(length) % len(row)] for row in rows])
