@@ -1,5 +1,7 @@
 """Linear SVM, few-shot, retrieval, shape histograms and part segmentation: what each measures, and on what."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -239,6 +241,27 @@ def test_clouds_of_any_size_are_segmented_whole(dataset):
         logits = model(torch.from_numpy(exact), object_class=torch.from_numpy(data.labels[:2])).logits
     found = segment_clouds(model, list(exact), 64, data.labels[:2])
     assert np.array_equal(np.stack(found), logits.argmax(-1).numpy())
+
+
+class BySide(torch.nn.Module):
+    """Segments by the sign of x, and keeps the masks that it was given."""
+
+    config, device = SimpleNamespace(num_object_classes=0), torch.device("cpu")
+
+    def forward(self, points: torch.Tensor, point_mask: torch.Tensor | None = None) -> SimpleNamespace:
+        self.point_mask = point_mask
+        return SimpleNamespace(logits=20 * torch.stack([points[..., 0], -points[..., 0]], dim=-1))
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_small_and_large_clouds_are_segmented_alike_in_any_unit(unit):
+    small, large = (np.random.default_rng(size).normal(size=(size, 3)) for size in (40, 3000))
+    model = BySide()
+    found = segment_clouds(model, [unit * (small - small.mean(0)), unit * large], 64)
+    assert model.point_mask.sum(1).tolist() == [40, 64]  # a small cloud is padded, not repeated
+    assert np.array_equal(found[0], small[:, 0] < small[:, 0].mean())
+    assert np.mean(found[1] == (large[:, 0] < 0)) > 0.8
+    assert np.mean(found[1] == segment_clouds(model, [small, large], 64)[1]) > 0.99  # but for rounding
 
 
 def test_parts_of_a_class_are_those_of_its_shapes():

@@ -173,6 +173,21 @@ def test_a_frozen_encoder_keeps_its_weights_while_the_head_learns(make, pretrain
     assert not (tmp_path / "run" / "seed-0" / "best").exists()  # nothing to judge by
 
 
+def test_of_a_model_with_a_head_only_the_encoder_is_taken_on(make, pretrained, tmp_path):
+    finetune_classification(make("linear", head="linear", validation_fraction=0.0))
+    source = tmp_path / "linear" / "seed-0"
+    options = {"model_name_or_path": str(source), "learning_rate": 1e-12, "validation_fraction": 0.0}
+    result = finetune_classification(make("again", head="linear", **options))
+    learned, fresh = weights(source), weights(tmp_path / "again" / "seed-0")
+    encoder = [name for name in learned if name.startswith("joint_mae.")]
+    assert encoder and all(torch.equal(learned[name], fresh[name]) for name in encoder)
+    assert not torch.allclose(learned["classifier.out_proj.weight"], fresh["classifier.out_proj.weight"], atol=1e-3)
+    assert result.model["initialization"] == "pretrained"
+    finetune_classification(make("mlp", head="mlp", **options))
+    model = JointMAEForPointCloudClassification.from_pretrained(tmp_path / "mlp" / "seed-0")
+    assert model.config.classifier_num_layers == 3
+
+
 def test_every_seed_is_a_run_of_its_own_in_one_result(make, tmp_path):
     result = finetune_classification(make("both", seeds=[0, 1]))
     alone = finetune_classification(make("alone", seeds=[1]))

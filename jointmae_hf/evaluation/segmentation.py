@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..data.augmentation import FIXED_SUBSAMPLE, counter_generator, normalize_clouds, subsample
+from ..data.augmentation import FIXED_SUBSAMPLE, counter_generator, subsample
 from ..geometry_joint_mae import interpolate_features
 from ..modeling_joint_mae import JointMAEForPartSegmentation
 from .features import map_batches
@@ -24,7 +24,7 @@ def segment_clouds(
     The part of every point of clouds of any size.
 
     The model labels a subsample of `num_points`; its scores are spread to the other points by inverse distance to the
-    three nearest. A cloud of exactly `num_points` is labelled directly.
+    three nearest. A cloud of no more than `num_points` is labelled directly.
 
     Args:
         model: used in evaluation mode, and left in the mode it was in.
@@ -45,14 +45,21 @@ def segment_clouds(
         chosen = []
         for index, cloud in enumerate(batch, rows.start):
             generator = counter_generator(seed, FIXED_SUBSAMPLE, 0, index)
-            chosen.append(cloud[subsample(generator, len(cloud), num_points)])
-        points = torch.from_numpy(normalize_clouds(np.stack(chosen))).to(device)
+            chosen.append(subsample(generator, len(cloud), num_points) if len(cloud) > num_points else slice(None))
+        # All points of a cloud in the coordinates of its sample, so that distances are of one order in any unit.
+        batch = [_normalize(cloud, part) for cloud, part in zip(batch, chosen, strict=True)]
+        samples = [cloud[part] for cloud, part in zip(batch, chosen, strict=True)]
+        sizes = torch.tensor([len(sample) for sample in samples])
+        padded = np.stack([np.resize(sample, (num_points, 3)) for sample in samples])  # repeats a small cloud
         classes = None if object_classes is None else object_classes[rows]
         given = {"object_class": torch.from_numpy(classes).to(device)} if told else {}
-        logits = model(points, **given).logits.float().cpu()
+        if (sizes < num_points).any():
+            given["point_mask"] = (torch.arange(num_points) < sizes.unsqueeze(1)).to(device)
+        logits = model(torch.from_numpy(padded).to(device), **given).logits.float().cpu()
         if allowed_parts is not None:
             logits = logits.masked_fill(~torch.from_numpy(allowed_parts[classes])[:, None], -torch.inf)
-        return [_spread(*parts).argmax(-1).numpy() for parts in zip(batch, chosen, logits, strict=True)]
+        scores = [score[:size] for score, size in zip(logits, sizes, strict=True)]
+        return [_spread(*parts).argmax(-1).numpy() for parts in zip(batch, samples, scores, strict=True)]
 
     was_training = model.training
     model.eval()
@@ -62,11 +69,18 @@ def segment_clouds(
         model.train(was_training)
 
 
+def _normalize(cloud: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
+    """A cloud `(n, 3)` moved and scaled by what normalises the points chosen of it: float32."""
+    centered = cloud - cloud[chosen].mean(0, dtype=np.float64)
+    radius = np.sqrt(np.square(centered[chosen]).sum(1).max())
+    return (centered / max(radius, np.finfo(np.float32).tiny)).astype(np.float32)
+
+
 def _spread(cloud: np.ndarray, sample: np.ndarray, scores: torch.Tensor) -> torch.Tensor:
     """Scores of a sample's points for all points of its cloud."""
     if len(cloud) == len(sample):
         return scores
-    cloud, sample = (torch.from_numpy(points.astype(np.float32))[None] for points in (cloud, sample))
+    cloud, sample = (torch.from_numpy(points)[None] for points in (cloud, sample))
     probabilities = scores.softmax(-1)  # forbidden parts have a score of minus infinity, which no weight can scale
     return interpolate_features(cloud, sample, probabilities[None])[0]
 

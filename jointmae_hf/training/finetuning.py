@@ -248,6 +248,11 @@ class FineTuner:
         torch.manual_seed(self.seed)
         if arguments.from_scratch:
             self.raw_model = self.model_class(self.config)
+        elif self.model_class.__name__ in (self.source_architectures or ()):
+            # What its head has learned is another task, and often of another size: only the encoder is taken on.
+            self.raw_model = self.model_class(self.config)
+            source = self.model_class.from_pretrained(arguments.model_name_or_path)
+            self.raw_model.joint_mae.load_state_dict(source.joint_mae.state_dict())
         else:
             self.raw_model = self.model_class.from_pretrained(arguments.model_name_or_path, config=self.config)
         self.initial_weights = weights_digest(self.raw_model.joint_mae)
@@ -279,6 +284,7 @@ class FineTuner:
             config = JointMAEConfig.from_pretrained(arguments.model_name_or_path)
         else:
             config = JointMAEConfig.from_preset(arguments.preset)
+        self.source_architectures = config.architectures
         overrides = parse_config_overrides(arguments.config_overrides or "")
         return JointMAEConfig(**{**config.to_dict(), **fields, **overrides})
 
@@ -541,7 +547,9 @@ class ClassificationTuner(FineTuner):
 
     def build_config(self) -> JointMAEConfig:
         names = dict(enumerate(self.all_train.class_names))
-        layers = {"classifier_num_layers": 1} if self.arguments.head == "linear" else {}
+        depths = {"linear": 1, "mlp": JointMAEConfig().classifier_num_layers}
+        head = self.arguments.head
+        layers = {"classifier_num_layers": depths[head]} if head in depths else {}
         return self._base_config(id2label=names, label2id={name: i for i, name in names.items()}, **layers)
 
     def build_collator(self) -> LabelledCollator:
