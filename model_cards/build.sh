@@ -23,14 +23,18 @@ release() { # SOURCE NAME LICENSE ARGUMENTS...
 release outputs/joint-mae-tiny joint-mae-tiny apache-2.0
 
 python benchmarks/downstream.py "$TINY" --output "$RESULTS/kicad"
-python benchmarks/robustness.py "$TINY" --output benchmarks/results/robustness.json \
-    --table model_cards/notes/joint-mae-tiny.md
+SETS=(examples/data/kicad-parts)
 if [ -n "$LDRAW" ]; then
     python benchmarks/downstream.py "$TINY" --data "$LDRAW" --output "$RESULTS/ldraw"
+    SETS+=("outputs/$(basename "$LDRAW" .npz)")
 fi
+python benchmarks/robustness.py "$TINY" --datasets "${SETS[@]}" --output benchmarks/results/robustness.json \
+    --table model_cards/notes/joint-mae-tiny.md
 
-release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 --training outputs/joint-mae-tiny/result.json \
-    --results "$RESULTS"/*/{linear_svm-*-1,few_shot-*,retrieval-*}.json --notes model_cards/notes/joint-mae-tiny.md
+release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 \
+    --training outputs/joint-mae-tiny-first/result.json outputs/joint-mae-tiny/result.json \
+    --results "$RESULTS"/*/{linear_svm-*-1,few_shot-*,retrieval-*,classification-*-1,part_segmentation-*}.json \
+    --notes model_cards/notes/joint-mae-tiny.md
 head() { # RESULTS NAME: the model of seed 0
     release "outputs/downstream/kicad/$1/seed-0" "$2" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
         --results "$RESULTS/kicad/$1.json" "$RESULTS/kicad/${1/pretrained/scratch}.json" --notes "model_cards/notes/$2.md"

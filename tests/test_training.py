@@ -908,16 +908,22 @@ def test_the_script_does_nothing_when_imported_and_finds_its_data():
 )
 def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp_path, device, preset, precision):
     (tmp_path / "bin").mkdir()
-    for name, line in (("python", f"echo {device}"), ("accelerate", "printf '%s\\n' \"$@\"")):
+    output = tmp_path / "somewhere"
+    output.mkdir()
+    tells = f'if [ "$1" = -c ]; then echo {device}; else echo "$@" >> "{tmp_path}/called"; fi'
+    for name, line in (("python", tells), ("accelerate", "printf '%s\\n' \"$@\"")):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / ".train").touch()  # as if everything was installed
-    environment = {**os.environ, "VENV": str(tmp_path), "OUTPUT": "somewhere"}
+    environment = {**os.environ, "VENV": str(tmp_path), "OUTPUT": str(output)}
     command = ["bash", str(SCRIPT.with_name("speedrun.sh")), "--max_steps", "7"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    options = printed.split("examples/pretrain.py\n")[1].splitlines()
+    *options, table = printed.split("examples/pretrain.py\n")[1].splitlines()
+    assert table == (output / "table.md").read_text().strip()
+    downstream, tables = (tmp_path / "called").read_text().splitlines()
+    assert downstream.startswith(f"benchmarks/downstream.py {output} ") and str(output / "downstream") in tables
     (arguments,) = HfArgumentParser(PreTrainingArguments).parse_args_into_dataclasses(options)
-    assert (arguments.preset, arguments.max_steps, arguments.output_dir) == (preset, 7, "somewhere")
+    assert (arguments.preset, arguments.max_steps, arguments.output_dir) == (preset, 7, str(output))
     assert arguments.mixed_precision == precision and arguments.compile == (device == "gpu")
     assert arguments.train_data == "procedural" and arguments.evaluate
     config = build_config(arguments)
