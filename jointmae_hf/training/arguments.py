@@ -32,7 +32,9 @@ class PreTrainingArguments:
         "Sources to train on instead of --dataset, `NAME:WEIGHT,...`: `procedural` shapes, and data sets as --dataset "
         "takes them. --dataset is then for the report alone. Needs --max_steps.",
     )
-    dataset_config_name: str | None = _argument(None, "Configuration of a Hub data set that has several.")
+    dataset_config_name: str | None = _argument(
+        None, "Configuration of a Hub data set that has several; with --train_data, of each of its data sets."
+    )
     split: str = _argument("train", "Split to train on, in the syntax of `datasets`.")
     points_column: str = _argument("points", "Column of clouds: (n, 3) each, n any number.")
     streaming: bool = _argument(False, "Read the data set during training instead of before; needs --max_steps.")
