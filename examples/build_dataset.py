@@ -74,8 +74,8 @@ def build_tables(args: argparse.Namespace) -> None:
     source = open_folder(args.source, args.license) if is_folder else open_source(args.name, args.source)
     chosen = {name: getattr(args, name) for name in (COMMON | TABLES)}
     report = build_dataset(source, args.output, num_workers=args.num_workers, **chosen)
-    write_card(source, report, args.output, command_line(args, COMMON | TABLES | LICENSE))
     print(report)
+    write_card(source, report, args.output, command_line(args, COMMON | TABLES | LICENSE))
 
 
 def build_kicad(args: argparse.Namespace) -> None:

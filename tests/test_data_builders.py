@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 from hub_server import HubServer
 
-from jointmae_hf.data.builders import ShapeItem, ShapeSource, build_dataset, open_folder, open_source, write_card
+from jointmae_hf.data.builders import (
+    ShapeItem,
+    ShapeSource,
+    build_dataset,
+    draw_contact_sheet,
+    open_folder,
+    open_source,
+    write_card,
+)
 from jointmae_hf.data.builders.core import normalize_unit_sphere
 from jointmae_hf.data.builders.modelnet import MODELNET10_CLASSES, MODELNET40_CLASSES
 from jointmae_hf.data.builders.reading import plain_name, read_shape_file
@@ -430,6 +438,8 @@ def test_the_card_counts_the_tables_and_names_what_was_left_out(tmp_path):
         (np.ones((5, 3)), "all its 5 points in one place"),
         (np.ones((5, 2)), "has shape (5, 2)"),
         (np.zeros((0, 3)), "has shape (0, 3)"),
+        (np.eye(3) * 1e300, "reaches to 1e+300, which is too far or too near to be normalised"),
+        (np.eye(3) * 1e-300, "reaches to 1e-300"),
         (np.array([{"an": "object"}], dtype=object), "allow_pickle=False"),
     ],
 )
@@ -455,11 +465,73 @@ def test_layouts_that_no_builder_knows_are_errors_before_anything_is_written(tmp
         open_source("folder", tmp_path / "odd")
     for suffix in ("npy", "xyz"):
         write(tmp_path / "twice" / "train" / "class" / f"a.{suffix}", cloud(0).tobytes())
-    with pytest.raises(ValueError, match="more than once, the first one 'train/class/a'"):
+    with pytest.raises(ValueError, match="the first one 'train/class/a' as a.npy, a.xyz; suffixes do not"):
         open_source("folder", tmp_path / "twice")
     write(tmp_path / "torn" / "train" / "class" / "a.npy", b"torn")
     with pytest.raises(ValueError, match="no shape of split 'train' can be read; train/class/a: the file cannot"):
         build_dataset(open_source("folder", tmp_path / "torn"), tmp_path / "out")
+
+
+def test_names_of_classes_and_parts_are_no_formulas_in_the_contact_sheet(tmp_path):
+    shapes = {"price $x_{$ y": [(normalize_unit_sphere(cloud(0)), np.arange(48) % 2)]}
+    draw_contact_sheet(shapes, tmp_path / "sheet.png", ["$x_{$", "right"])
+    assert (tmp_path / "sheet.png").stat().st_size > 1_000
+
+
+def test_files_out_of_place_are_counted_and_links_to_nowhere_reported(tmp_path):
+    root = mixed_folder(tmp_path / "shapes", count=3)
+    for name in ("high.npy", "train/high.npy", "train/class 0/deeper/deep.off", "README.md"):
+        write(root / name, "out of place")
+    (root / "train" / "class 0" / "lost.npy").symlink_to(tmp_path / "nowhere.npy")
+    source = open_folder(root)
+    outside = "outside `<split>/<class>/`"
+    assert source.ignored == {".md": 2, f".npy {outside}": 2, f".off {outside}": 1}
+    _, report = build(source, tmp_path / "out")
+    assert report.unreadable == {"train/class 0/lost": "there is no such file"}
+    assert f"2 .npy {outside}" in str(report)
+
+
+def test_classes_that_differ_in_case_alone_are_named(tmp_path, caplog):
+    for name in ("Chair", "chair", "table"):
+        write(tmp_path / "train" / name / "a.npy", cloud(1))
+    assert open_folder(tmp_path).class_names == ["Chair", "chair", "table"]
+    assert "['Chair', 'chair'], which differ in case alone" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["missing", "torn"])
+def test_one_broken_hdf5_file_of_several_is_left_out_and_reported(tmp_path, broken):
+    def spoil(path: Path):
+        path.unlink() if broken == "missing" else path.write_bytes(path.read_bytes()[:-100])
+
+    modelnet_hdf5(tmp_path / "modelnet")
+    spoil(tmp_path / "modelnet" / "ply_data_train1.h5")
+    part = shapenetpart(tmp_path / "part", "hdf5") / "hdf5_data"
+    write(part / "train_hdf5_file_list.txt", "ply_data_train0.h5\nply_data_train1.h5\n")
+    write(part / "ply_data_train1.h5", (part / "ply_data_train0.h5").read_bytes())
+    spoil(part / "ply_data_train1.h5")
+    for name, folder, rows in (("modelnet40", "modelnet", 40), ("shapenetpart", "part", 16)):
+        source = open_source(name, tmp_path / folder)
+        report = build_dataset(source, tmp_path / f"{folder}-out")
+        assert report.num_rows["train"] == rows and list(report.unreadable) == ["ply_data_train1.h5"]
+        reason = report.unreadable["ply_data_train1.h5"]
+        assert ("no such file" if broken == "missing" else "cannot be read as HDF5") in reason
+        assert str(tmp_path) not in reason and reason in str(report)
+    spoil(tmp_path / "modelnet" / "ply_data_test0.h5")
+    with pytest.raises(OSError, match=r"no file that .*test_files\.txt names can be read; ply_data_test0\.h5: "):
+        open_source("modelnet40", tmp_path / "modelnet")
+
+
+def test_a_split_without_shapes_is_an_error(tmp_path):
+    modelnet_hdf5(tmp_path / "modelnet")
+    data, airplane = np.stack([cloud(0)]), np.array([[0]], dtype=np.uint8)
+    write_h5(tmp_path / "modelnet" / "ply_data_test0.h5", data=data, label=airplane)
+    with pytest.raises(ValueError, match="has no shape of the 10 classes of ModelNet10 for 'test'"):
+        open_source("modelnet10", tmp_path / "modelnet")
+    root = shapenetpart(tmp_path / "part", "text")
+    for content, message in (("[]", "is no list of names, or an empty one"), ('["a', "cannot be read as JSON: ")):
+        write(root / "train_test_split" / "shuffled_val_file_list.json", content)
+        with pytest.raises(ValueError, match=f"shuffled_val_file_list.json {message}"):
+            open_source("shapenetpart", root)
 
 
 # ---- Files that are not to be trusted
@@ -500,7 +572,8 @@ def test_hdf5_arrays_that_are_objects_elsewhere_or_of_another_shape_are_refused(
             open_source("scanobjectnn-obj-bg", tmp_path)
 
     write(path, b"no HDF5")
-    refuses("training_objectdataset.h5 cannot be read as HDF5")
+    with pytest.raises(OSError, match="training_objectdataset.h5 cannot be read as HDF5"):
+        open_source("scanobjectnn-obj-bg", tmp_path)
     write_h5(path, points=data, label=labels)
     refuses(r"has the arrays \['label', 'points'\], but no `data`")
     write_h5(path, data=data[:, :, :2], label=labels)

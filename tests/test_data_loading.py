@@ -1,6 +1,7 @@
 """Clouds from data sets, and the batches of pre-training made of them."""
 
 import copy
+import re
 from itertools import islice
 
 import datasets
@@ -162,8 +163,45 @@ def test_parquet_files_folders_and_saved_data_sets_are_opened(tmp_path):
     assert len(load_point_dataset(str(tmp_path / "folder" / "train.parquet"), "train[:1]")) == 1
     with pytest.raises(FileNotFoundError, match="absent.parquet"):
         load_point_dataset(str(tmp_path / "absent.parquet"))
-    with pytest.raises(ValueError, match="validation"):
-        load_point_dataset(str(tmp_path / "splits"), "validation")
+    for name in ("saved", "splits"):
+        assert load_point_dataset(str(tmp_path / name), "train[1:]")["points"][:] == dataset["points"][1:]
+        assert len(load_point_dataset(str(tmp_path / name), "train[:50%]+train")) == 3
+        assert len(list(load_point_dataset(str(tmp_path / name), "train[:1]", streaming=True))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "splits"),
+    [
+        ("folder", "validation", "'train', 'test'"),
+        ("folder", "train[:0]", "'train', 'test'"),
+        ("x.parquet", "test", "'train'"),
+        ("x.parquet", "train[:0]", "'train'"),
+        ("folder/test-00000-of-00001.parquet", "train", "'test'"),
+        ("saved", "test", "'train'"),
+        ("saved", "train[2:]", "'train'"),
+        ("saved slice", "train", "'test'"),
+        ("splits", "validation[:1]", "'train', 'test'"),
+    ],
+)
+def test_a_split_that_is_not_there_or_empty_is_refused_with_the_splits_there_are(tmp_path, name, split, splits):
+    dataset = as_dataset(random_clouds([4, 5]))
+    (tmp_path / "folder").mkdir()
+    for file in ("folder/train-00000-of-00001.parquet", "folder/test-00000-of-00001.parquet", "x.parquet"):
+        dataset.to_parquet(tmp_path / file)
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
+    load_point_dataset(str(tmp_path / "folder"), "test[:1]").save_to_disk(tmp_path / "saved slice")
+    with pytest.raises(
+        ValueError, match=re.escape(f"`split` is {split!r}, but {tmp_path / name} has the splits [{splits}]")
+    ):
+        load_point_dataset(str(tmp_path / name), split)
+
+
+def test_the_files_of_a_pattern_are_of_the_split_in_their_name(tmp_path):
+    for name, size in {"train-00000-of-00001": 1, "my_val": 2, "testing": 3, "odd.split-00000-of-00002": 4}.items():
+        as_dataset(random_clouds([5] * size)).to_parquet(tmp_path / f"{name}.parquet")
+    for split, size in {"train": 1, "validation": 2, "test": 3, "odd.split": 4, "train+test": 4}.items():
+        assert len(load_point_dataset(str(tmp_path / "*.parquet"), split)) == size, split
 
 
 def test_fingerprints_tell_contents_apart():

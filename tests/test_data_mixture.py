@@ -163,6 +163,7 @@ def test_mixtures_are_read(text, weights):
     ("text", "message"),
     [
         ("", "expected NAME:WEIGHT"),
+        (":0.5,a", "`train_data` has the item ':0.5'"),
         ("a:1,a:2", "names 'a' twice"),
         ("a:0", "'a' the weight 0.0"),
         ("a:-1", "expected a positive number"),
@@ -198,3 +199,17 @@ def test_sources_are_opened_by_name(tmp_path):
     assert fingerprint[0]["seed"] == 3 and fingerprint[1]["share"] == 0.5 and fingerprint[1]["clouds"] == 5
     other = MixedBatches(sources, {"procedural": 2, path: 1}, collator(), batch_size=4)
     assert other.fingerprint() != fingerprint
+
+
+def test_sources_are_opened_in_the_configuration_asked_for(tmp_path):
+    import datasets
+
+    for number, name in enumerate(("small", "large"), start=1):
+        folder = tmp_path / "sets" / name
+        folder.mkdir(parents=True)
+        datasets.Dataset.from_dict({"points": [table(1)[0].tolist()] * number}).to_parquet(folder / "train.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("small", "large"))
+    (tmp_path / "sets" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    path = str(tmp_path / "sets")
+    sources = open_sources(["procedural", path], NUM_POINTS, seed=3, config_name="large")
+    assert sources[path].fingerprint()["clouds"] == 2

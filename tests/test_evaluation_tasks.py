@@ -269,6 +269,32 @@ def test_parts_of_a_class_are_those_of_its_shapes():
     assert parts.tolist() == [[True, True, False], [False, False, True], [False, False, False]]
 
 
+@pytest.mark.parametrize(
+    ("splits", "found"),
+    [
+        (("train", "train"), "45 of their 45 and 45"),
+        (("train", "train[:10]"), "10 of their 45 and 10"),
+        (("train[:20]", "train[9:]"), "11 of their 20 and 36"),
+        (("train[:3]", "test", "test+train[:3]"), "3 of their 3 and 33"),
+    ],
+)
+def test_splits_that_are_the_same_clouds_are_refused(dataset, splits, found):
+    with pytest.raises(ValueError, match=f"splits .* share {found} different clouds"):
+        load_labelled_splits(dataset, splits)
+
+
+def test_splits_may_share_a_few_clouds(dataset):
+    train, test = load_labelled_splits(dataset, ("train[:20]", "train[10:]"))
+    assert (len(train), len(test)) == (20, 35)
+
+
+def test_no_score_is_measured_on_the_training_split(make, dataset):
+    with pytest.raises(ValueError, match="splits 'train' and 'train' share"):
+        evaluate_linear_svm(make(test_split="train"))
+    with pytest.raises(ValueError, match=r"`split` is 'test', but .* has the splits \['train'\]"):
+        evaluate_linear_svm(make(dataset=f"{dataset}/train.parquet"))
+
+
 def test_splits_of_one_data_set_have_the_same_classes(dataset, tmp_path):
     import datasets
 

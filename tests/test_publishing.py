@@ -124,7 +124,8 @@ def test_a_table_sets_results_side_by_side():
 @pytest.mark.parametrize(
     "name, shown",
     [("examples/data/kicad-parts", "kicad-parts"), ("/sets/ldraw/data", "ldraw"), ("org/shapes", "shapes")]
-    + [("/sets/ldraw/*.parquet", "ldraw"), ("data", "data")],
+    + [("/sets/ldraw/*.parquet", "ldraw"), ("data", "data"), (".", "."), ("/tmp/x.parquet", "x"), ("a|b", "a\\|b")]
+    + [("/sets/ldraw/data/train-00000-of-00001.parquet", "ldraw"), ("test_set.parquet", "test_set")],
 )
 def test_a_data_set_is_shown_by_the_telling_part_of_its_path(name, shown):
     assert dataset_name(result(dataset={"name": name, "config_name": None, "splits": {}})) == shown

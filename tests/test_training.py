@@ -719,6 +719,11 @@ def test_unusable_arguments_are_refused_before_training(make, wrong, message):
     assert not Path(make("run").output_dir).exists()
 
 
+def test_sources_of_a_mixture_are_opened_in_the_configuration_asked_for(make, dataset):
+    with pytest.raises(ValueError, match="'large' not found"):
+        pretrain(make("run", train_data=dataset, max_steps=1, dataset_config_name="large"))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -728,6 +733,7 @@ def test_unusable_arguments_are_refused_before_training(make, wrong, message):
         {"max_steps": None, "streaming": True},
         {"max_steps": None, "train_data": "procedural"},
         {"streaming": True, "max_steps": 5, "train_data": "procedural"},
+        {"eval_split": "train", "evaluate": True},
         {"ema_decay": 1.0},
         {"push_to_hub": True},
         {"config_name": "a", "model_name_or_path": "b"},

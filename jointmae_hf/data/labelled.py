@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def load_labelled_splits(
 
     Raises:
         ValueError: if a column is missing or of the wrong kind, a label out of range, a cloud has not one part label
-            for each point, or the splits have different classes.
+            for each point, the splits have different classes, or two splits share more than half of the smaller one.
     """
     loaded = [
         _load_split(
@@ -90,6 +91,7 @@ def load_labelled_splits(
         )
         for split in splits
     ]
+    _check_disjoint(splits, loaded)
     for key in ("class_names", "part_names"):
         named = [getattr(part, key) for part in loaded]
         if any(names is not None for names in named) and any(names != named[0] for names in named):
@@ -157,6 +159,18 @@ def _load_split(
     if part_column is not None:
         part_labels, part_names = _read_parts(rows, split, part_column, np.diff(clouds.offsets))
     return LabelledClouds(clouds, labels, class_names, part_labels, part_names)
+
+
+def _check_disjoint(splits: tuple[str, ...], loaded: list[LabelledClouds]):
+    """Refuses splits of the same clouds. Official splits of some data sets have a few in common: those may stay."""
+    checksums = [{zlib.crc32(part.clouds[index]) for index in range(len(part))} for part in loaded]
+    for (first, ours), (second, others) in combinations(zip(splits, checksums, strict=True), 2):
+        shared = len(ours & others)
+        if 2 * shared > min(len(ours), len(others)):
+            raise ValueError(
+                f"splits {first!r} and {second!r} share {shared} of their {len(ours)} and {len(others)} different "
+                "clouds, expected splits that share a few at most."
+            )
 
 
 def _read_parts(rows: Any, split: str, column: str, sizes: np.ndarray) -> tuple[np.ndarray, list[str] | None]:

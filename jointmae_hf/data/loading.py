@@ -4,7 +4,9 @@ A column of clouds may be `Array2D` of fixed or variable size or nested lists. C
 to end in one array, in the precision they were stored in; nothing is copied row by row.
 """
 
+import re
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,32 +73,62 @@ def load_point_dataset(
     Args:
         dataset: a name on the Hub, a local folder (of data files, or made by `save_to_disk`), a parquet file, or a
             pattern of parquet files such as `"shapes/*.parquet"`.
-        split: its split, in the syntax of `datasets` (`"train[:10%]"`). Parquet files are all of the split they are
-            asked for.
+        split: its split, in the syntax of `datasets` (`"train[:10%]"`). Parquet files are of the split in their name
+            (`test-00000-of-00002.parquet`, `my_test.parquet`), one data set made by `save_to_disk` of the split it was
+            read from; those that name none are `"train"`.
         streaming: whether to read it while it is used rather than before.
         config_name: configuration of a Hub data set that has several.
 
     Raises:
         FileNotFoundError: if a path that was given does not exist.
-        ValueError: if there is no such split.
+        ValueError: if there is no such split, or none of its rows are asked for; the message says which splits there
+            are.
     """
     import datasets
 
     path = Path(dataset).expanduser()
-    if path.suffix == ".parquet":
-        if not any(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))):
-            raise FileNotFoundError(f"`dataset` is {dataset!r}, but there is no such file.")
-        files = {split.partition("[")[0]: str(path)}
-        return datasets.load_dataset("parquet", data_files=files, split=split, streaming=streaming)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise ValueError(f"`split` is {split!r}, but {dataset} has {sorted(saved)}.")
-            saved = saved[split]
-        return saved.to_iterable_dataset() if streaming else saved
-    name = str(path) if path.exists() else dataset
-    return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        rows = _read_saved(path, split)
+        return rows.to_iterable_dataset() if streaming else rows
+    source, files = (str(path) if path.exists() else dataset, config_name), None
+    if path.suffix == ".parquet":
+        source, files = ("parquet", None), _parquet_files(path)
+    try:
+        return datasets.load_dataset(*source, data_files=files, split=split, streaming=streaming)
+    except ValueError as error:
+        names = datasets.get_dataset_split_names(*source, data_files=files)
+        raise ValueError(f"`split` is {split!r}, but {dataset} has the splits {names}: {error}") from error
+
+
+def _parquet_files(pattern: Path) -> dict[str, list[str]]:
+    """The files of a path or pattern by the split that `datasets` would take from their names in a folder."""
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    files = defaultdict(list)
+    for path in sorted(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))):
+        shard = re.fullmatch(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}", path.stem)
+        words = set(re.split(r"[^a-z]+", path.stem.lower()))
+        named = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if not words.isdisjoint(keywords))
+        files[shard[1] if shard else next(named, "train")].append(str(path))
+    if not files:
+        raise FileNotFoundError(f"`dataset` is {str(pattern)!r}, but there is no such file.")
+    return dict(files)
+
+
+def _read_saved(folder: Path, split: str) -> "datasets.Dataset":
+    """A split, or slices of splits, of what `save_to_disk` wrote."""
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.Dataset):  # a slice that was saved is all of its split
+        saved = {re.split(r"[\[+]", str(saved.split or "train"))[0]: saved}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(saved[name]) for name in saved})
+        if all(part.from_ >= part.to for part in parts):
+            raise ValueError("these are no rows.")
+    except ValueError as error:
+        raise ValueError(f"`split` is {split!r}, but {folder} has the splits {list(saved)}: {error}") from None
+    return datasets.concatenate_datasets([saved[p.splitname].select(range(p.from_, p.to)) for p in parts])
 
 
 def load_point_clouds(dataset: "datasets.Dataset", points_column: str = "points") -> PointClouds:

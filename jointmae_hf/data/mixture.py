@@ -208,7 +208,7 @@ def parse_mixture(text: str) -> dict[str, float]:
     Sources and weights of `NAME:WEIGHT,...`, such as `"procedural:0.8,org/shapes:0.2"`; without `:WEIGHT` it is 1.
 
     Raises:
-        ValueError: if there is no source, one is named twice, or a weight is not a positive number.
+        ValueError: if there is no source, one has no name or is named twice, or a weight is not a positive number.
     """
     weights: dict[str, float] = {}
     for item in (item.strip() for item in text.split(",") if item.strip()):
@@ -217,6 +217,8 @@ def parse_mixture(text: str) -> dict[str, float]:
             name, value = (name, float(weight)) if separator else (item, 1.0)
         except ValueError:  # a colon of the name's own
             name, value = item, 1.0
+        if not name.strip():
+            raise ValueError(f"`train_data` has the item {item!r}, expected NAME:WEIGHT.")
         if name in weights:
             raise ValueError(f"`train_data` names {name!r} twice.")
         if not 0 < value < math.inf:
@@ -252,6 +254,7 @@ def open_sources(
     seed: int,
     split: str = "train",
     points_column: str = "points",
+    config_name: str | None = None,
 ) -> dict[str, CloudSource]:
     """
     The sources of a mixture.
@@ -260,7 +263,7 @@ def open_sources(
         names: `"procedural"`, or what [`load_point_dataset`][jointmae_hf.data.loading.load_point_dataset] opens.
         num_points: points of procedural clouds.
         seed: seed of the run.
-        split, points_column: of the data sets.
+        split, points_column, config_name: of the data sets.
 
     Raises:
         ValueError: as [`load_point_clouds`][jointmae_hf.data.loading.load_point_clouds].
@@ -270,7 +273,7 @@ def open_sources(
         if name == PROCEDURAL:
             sources[name] = ProceduralClouds(num_points, seed)
         else:
-            dataset = load_point_dataset(name, split)
+            dataset = load_point_dataset(name, split, config_name=config_name)
             check_column(dataset, points_column)
             sources[name] = ShuffledClouds(load_point_clouds(dataset, points_column), seed, key)
     return sources

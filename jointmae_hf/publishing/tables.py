@@ -102,12 +102,14 @@ def task_name(result: TaskResult) -> str:
 
 
 def dataset_name(result: TaskResult) -> str:
-    """The last telling part of the data set's name or path, and its configuration."""
+    """The last telling part of the data set's name or path, and its configuration, for a cell of a table."""
     path = Path(result.dataset["name"])
-    telling = [part for part in path.parts if part != "data" and not part.endswith(".parquet")]
-    name = telling[-1] if telling else path.name
+    # Files of splits and patterns of files say less than the folder they are in.
+    untelling = re.compile(r"data|(.*[*?[].*|(train|validation|test)\b.*)\.parquet")
+    telling = [part for part in path.relative_to(path.anchor).parts if not untelling.fullmatch(part)]
+    name = telling[-1].removesuffix(".parquet") if telling else str(path)
     config = result.dataset.get("config_name")
-    return f"{name} ({config})" if config else name
+    return (f"{name} ({config})" if config else name).replace("|", "\\|")
 
 
 def rewrite_block(text: str, name: str, content: str) -> str:

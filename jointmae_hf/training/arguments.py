@@ -32,7 +32,9 @@ class PreTrainingArguments:
         "Sources to train on instead of --dataset, `NAME:WEIGHT,...`: `procedural` shapes, and data sets as --dataset "
         "takes them. --dataset is then for the report alone. Needs --max_steps.",
     )
-    dataset_config_name: str | None = _argument(None, "Configuration of a Hub data set that has several.")
+    dataset_config_name: str | None = _argument(
+        None, "Configuration of a Hub data set that has several; with --train_data, of each of its data sets."
+    )
     split: str = _argument("train", "Split to train on, in the syntax of `datasets`.")
     points_column: str = _argument("points", "Column of clouds: (n, 3) each, n any number.")
     streaming: bool = _argument(False, "Read the data set during training instead of before; needs --max_steps.")
@@ -124,6 +126,8 @@ class PreTrainingArguments:
             endless = self.max_steps is None and getattr(self, name)
             self._require("max_steps", not endless, f"a number with `{name}`")
         self._require("streaming", not (self.streaming and self.train_data), "False with `train_data`")
+        same = self.evaluate and self.eval_split == self.split
+        self._require("eval_split", not same, "another split than `split`, or `evaluate` False")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         self._require("hub_model_id", not self.push_to_hub or self.hub_model_id, "a name with `push_to_hub`")
         both = self.config_name is not None and self.model_name_or_path is not None

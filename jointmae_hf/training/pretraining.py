@@ -300,7 +300,8 @@ class PreTrainer:
         # Each of two views draws half of the points.
         num_points = self.config.num_points * (2 if collator.compares_views else 1)
         with self.accelerator.main_process_first():
-            sources = open_sources(list(weights), num_points, arguments.seed, arguments.split, arguments.points_column)
+            chosen = (arguments.split, arguments.points_column, arguments.dataset_config_name)
+            sources = open_sources(list(weights), num_points, arguments.seed, *chosen)
         deferred = self.on_gpu and not collator.compares_views
         self.data = MixedBatches(sources, weights, collator, deferred=deferred, **self.layout)
         self.fingerprint = self.data.fingerprint()

@@ -141,10 +141,14 @@ def draw_contact_sheet(
         for axis, (points, parts) in zip(group, clouds, strict=False):
             colors = _CLOUD_COLOR if parts is None else np.array(PART_COLORS)[np.asarray(parts) % len(PART_COLORS)]
             scatter_cloud(axis, points, colors)
-        group[0].set_title(name, loc="left", fontsize=8)
+        group[0].set_title(name, loc="left", fontsize=8, parse_math=False)
     if part_names is not None and len(part_names) <= len(PART_COLORS):
         handles = [Line2D([], [], marker="o", linestyle="", color=color) for color in PART_COLORS[: len(part_names)]]
-        figure.legend(handles, part_names, loc="lower center", ncols=len(part_names), frameon=False, fontsize=9)
+        legend = figure.legend(
+            handles, part_names, loc="lower center", ncols=len(part_names), frameon=False, fontsize=9
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     margin = 0.15 / num_rows  # 0.03 of a sheet of five rows
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - margin, bottom=margin * 5 / 3, wspace=0, hspace=0.2)
     figure.savefig(path, dpi=110, facecolor="white")

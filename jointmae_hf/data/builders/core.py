@@ -82,6 +82,7 @@ class ShapeSource:
         license_note: what a user has to know of the terms.
         homepage: where the data set is published.
         ignored: files beside the shapes that were passed over, by suffix.
+        unreadable: reasons by name of whole files of shapes that are left out, as nobody knows which shapes they hold.
 
     Raises:
         ValueError: if two items have one name.
@@ -100,12 +101,17 @@ class ShapeSource:
     license_note: str = "Not stated by the source."
     homepage: str | None = None
     ignored: dict[str, int] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         counts = Counter(item.name for item in self.items)
         twice = [name for name, count in counts.items() if count > 1]
         if twice:  # one of them could be in each split
-            raise ValueError(f"{self.name} lists {len(twice)} shapes more than once, the first one {twice[0]!r}.")
+            files = ", ".join(item.path.name for item in self.items if item.name == twice[0])
+            raise ValueError(
+                f"{self.name} lists {len(twice)} shapes more than once, the first one {twice[0]!r} as {files}; "
+                "suffixes do not tell shapes apart."
+            )
 
 
 @dataclass
@@ -115,7 +121,7 @@ class BuildReport:
 
     Args:
         num_rows: shapes written, by split.
-        unreadable: reasons by name of the shapes that were left out.
+        unreadable: reasons by name of the shapes, and of whole files of shapes, that were left out.
         official_sizes: as of the source.
         ignored: as of the source.
     """
@@ -129,7 +135,7 @@ class BuildReport:
         lines = [f"{split}: {self._size(split)}" for split in self.num_rows]
         if self.ignored:
             kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.ignored.items())
-            lines.append(f"passed over, as they are no meshes or clouds: {kinds}")
+            lines.append(f"passed over: {kinds}")
         lines.append(f"unreadable: {len(self.unreadable)}")
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.unreadable.items())])
 
@@ -181,6 +187,7 @@ def build_dataset(
     features = _features(source, size, dtype)
     report = write_shards(source.items, read, features, Path(output), settings, num_workers, rows_per_shard)
     report.official_sizes, report.ignored = source.official_sizes, source.ignored
+    report.unreadable = source.unreadable | report.unreadable
     for split, rows in report.num_rows.items():
         if not rows:
             first = next(item.name for item in source.items if item.split == split)
@@ -213,7 +220,11 @@ def _read_row(read: Callable, size: int | None, dtype: str, seed: int, item: Sha
         part_labels = part_labels if part_labels is None else part_labels[chosen]
     if not (np.ptp(points, axis=0) > 0).any():
         raise ValueError(f"has all its {len(points)} points in one place")
-    row = {"points": normalize_unit_sphere(points).astype(dtype), "label": item.label, "name": item.name}
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        normalized = normalize_unit_sphere(points).astype(dtype)
+    if not (np.isfinite(normalized).all() and normalized.any()):
+        raise ValueError(f"reaches to {np.abs(points).max():g}, which is too far or too near to be normalised")
+    row = {"points": normalized, "label": item.label, "name": item.name}
     return row if part_labels is None else row | {"part_labels": part_labels}
 
 
@@ -323,12 +334,16 @@ def _map_block(function: Callable, items: Sequence) -> list[Any]:
 def _row_or_reason(read: Callable[[ShapeItem], Any], item: ShapeItem) -> Any:
     try:
         return read(item)
-    except FileNotFoundError:
+    except (OSError, ValueError) as error:
+        return reason_unreadable(error, item.path)
+
+
+def reason_unreadable(error: OSError | ValueError, path: Path) -> str:
+    """What a report says of a file, without the folders of this machine."""
+    if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    except OSError as error:
-        return f"{type(error).__name__}: {error.strerror or error}".replace(str(item.path), item.path.name)
-    except ValueError as error:
-        return str(error).replace(str(item.path), item.path.name)
+    text = f"{type(error).__name__}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+    return text.replace(str(path), path.name)
 
 
 def _end_with_parent():

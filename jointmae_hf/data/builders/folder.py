@@ -1,5 +1,6 @@
 """Any folder `split/class/file` of meshes or clouds."""
 
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,10 +10,13 @@ from .core import ShapeItem, ShapeSource
 from .reading import read_shape_file, require_folder
 
 
+logger = logging.getLogger(__name__)
+
+
 def open_folder(root: str | Path, license: str = "unknown") -> ShapeSource:
     """
     Shapes in `<split>/<class>/<file>`, of every format that the processor reads. Classes are in alphabetical order
-    over all splits; other files are passed over and counted.
+    over all splits; other files, and those that lie higher or deeper, are passed over and counted.
 
     Args:
         root: the folder.
@@ -24,10 +28,16 @@ def open_folder(root: str | Path, license: str = "unknown") -> ShapeSource:
     """
     root = require_folder(root)
     known = (*ARRAY_SUFFIXES, *TEXT_SUFFIXES, *MESH_SUFFIXES)
-    paths = sorted(
-        p for p in root.glob("*/*/*") if p.is_file() and not any(n[0] == "." for n in p.relative_to(root).parts)
-    )
-    shapes = [path for path in paths if path.suffix.lower() in known]
+    # Only the first pattern enters linked folders. A link to nowhere is no folder: it is reported as unreadable.
+    found = {*root.glob("*/*/*"), *root.rglob("*")}
+    paths = sorted(p for p in found if not p.is_dir() and not any(n[0] == "." for n in p.relative_to(root).parts))
+    shapes, ignored = [], Counter()
+    for path in paths:
+        suffix, in_place = path.suffix.lower(), len(path.relative_to(root).parts) == 3
+        if suffix in known and in_place:
+            shapes.append(path)
+        else:
+            ignored[f"{suffix} outside `<split>/<class>/`" if suffix in known else suffix] += 1
     if not shapes:
         raise FileNotFoundError(
             f"{root} holds no `<split>/<class>/<file>` with one of the suffixes {', '.join(known)}."
@@ -37,6 +47,10 @@ def open_folder(root: str | Path, license: str = "unknown") -> ShapeSource:
         if not re.fullmatch(r"\w+(\.\w+)*", split):
             raise ValueError(f"{root} has the split {split!r}, expected letters, digits and underscores.")
     classes = sorted({path.parts[-2] for path in shapes})
+    for folded, count in Counter(map(str.casefold, classes)).items():
+        if count > 1:
+            same = [name for name in classes if name.casefold() == folded]
+            logger.warning("%s has the classes %s, which differ in case alone; they stay apart.", root, same)
     order = sorted(splits, key=lambda split: (split != "train", split))  # the card shows the first one
     items = [
         ShapeItem(path.relative_to(root).with_suffix("").as_posix(), split, classes.index(path.parts[-2]), path)
@@ -53,5 +67,5 @@ def open_folder(root: str | Path, license: str = "unknown") -> ShapeSource:
         read=read_shape_file,
         license=license,
         license_note="As stated above by whoever built this set.",
-        ignored=dict(Counter(path.suffix.lower() for path in paths if path.suffix.lower() not in known)),
+        ignored=dict(ignored),
     )

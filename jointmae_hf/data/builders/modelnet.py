@@ -11,7 +11,7 @@ from .reading import (
     read_lines,
     read_shape_file,
     require_folder,
-    scan_h5,
+    scan_h5_lists,
 )
 
 
@@ -37,16 +37,19 @@ def open_modelnet(root: str | Path, num_classes: int = 40) -> ShapeSource:
 
     The ten classes of ModelNet10 can be taken out of each form of ModelNet40.
 
+    An `.h5` file that is missing or torn is left out and reported.
+
     Raises:
         FileNotFoundError: if it is none of these.
-        ValueError: if a list or array of it is not as it should be.
+        OSError: if no `.h5` file of a split can be read.
+        ValueError: if a list or array of it is not as it should be, or a split has no shape of the classes.
     """
     root = require_folder(root)
     classes = {40: MODELNET40_CLASSES, 10: MODELNET10_CLASSES}[num_classes]
     sizes = _SIZES[num_classes]
-    num_points = None
+    num_points, unreadable = None, {}
     if (root / "train_files.txt").is_file():
-        items, num_points = _scan_hdf5(root, classes)
+        items, num_points, unreadable = _scan_hdf5(root, classes)
         read, form = _read_hdf5, "the clouds of `modelnet40_ply_hdf5_2048`"
         sizes = _H5_SIZES if num_classes == 40 else {}
     elif (root / f"modelnet{num_classes}_train.txt").is_file():
@@ -61,6 +64,11 @@ def open_modelnet(root: str | Path, num_classes: int = 40) -> ShapeSource:
             f"{root} holds no ModelNet: neither `<class>/train/*.off`, nor `train_files.txt` with `ply_data_*.h5`, "
             f"nor `modelnet{num_classes}_train.txt` with `<class>/<name>.txt`."
         )
+    for split in ("train", "test"):
+        if not any(item.split == split for item in items):
+            raise ValueError(
+                f"{root} has no shape of the {num_classes} classes of ModelNet{num_classes} for {split!r}."
+            )
     return ShapeSource(
         name=f"modelnet{num_classes}",
         pretty_name=f"ModelNet{num_classes}",
@@ -73,6 +81,7 @@ def open_modelnet(root: str | Path, num_classes: int = 40) -> ShapeSource:
         license="other",
         license_note="For academic research; the copyright of each model stays with its author. See the homepage.",
         homepage="https://modelnet.cs.princeton.edu",
+        unreadable=unreadable,
     )
 
 
@@ -104,26 +113,19 @@ def _scan_resampled(root: Path, num_classes: int, classes: list[str]) -> list[Sh
     return items
 
 
-def _scan_hdf5(root: Path, classes: list[str]) -> tuple[list[ShapeItem], int]:
+def _scan_hdf5(root: Path, classes: list[str]) -> tuple[list[ShapeItem], int, dict[str, str]]:
     if (root / "shape_names.txt").is_file():
         check_classes(root / "shape_names.txt", MODELNET40_CLASSES)
     wanted = {MODELNET40_CLASSES.index(name): label for label, name in enumerate(classes)}
-    items, sizes = [], set()
-    for split in ("train", "test"):
-        listing = root / f"{split}_files.txt"
-        for line in read_lines(listing):
-            # The lists name `data/modelnet40_ply_hdf5_2048/<file>`: where the files lay on their maker's disk.
-            path = root / plain_name(line.replace("\\", "/").rpartition("/")[2], str(listing))
-            summary = scan_h5(path, len(MODELNET40_CLASSES))
-            sizes.add(summary.num_points)
-            items += [
-                ShapeItem(f"{path.stem}/{row}", split, wanted[int(label)], path, row)
-                for row, label in enumerate(summary.labels)
-                if int(label) in wanted
-            ]
-    if len(sizes) > 1:
-        raise ValueError(f"{root} has files with clouds of {sorted(sizes)} points, expected one size.")
-    return items, sizes.pop()
+    lists = {split: f"{split}_files.txt" for split in ("train", "test")}
+    files, unreadable = scan_h5_lists(root, lists, len(MODELNET40_CLASSES))
+    items = [
+        ShapeItem(f"{path.stem}/{row}", split, wanted[int(label)], path, row)
+        for split, path, summary in files
+        for row, label in enumerate(summary.labels)
+        if int(label) in wanted
+    ]
+    return items, files[0][2].num_points, unreadable
 
 
 def _read_hdf5(item: ShapeItem, num_points: int, seed: int) -> tuple[np.ndarray, None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...point_cloud_processing_joint_mae import MESH_SUFFIXES, _mesh_arrays, _read_cloud, _read_file, _sample_surface
-from .core import ShapeItem, item_seed
+from .core import ShapeItem, item_seed, reason_unreadable
 
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def scan_h5(path: Path, num_classes: int, required: Sequence[str] = ()) -> H5Sum
         required: arrays `(rows, points)` that must be there too.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no HDF5 file, or an array is missing, not of numbers, not in the file or of another shape.
+        OSError: if there is no such file, or it is no whole HDF5 file.
+        ValueError: if an array is missing, not of numbers, not in the file or of another shape.
     """
     with _open_h5(path) as file:
         data = h5_array(file, "data")
@@ -91,6 +91,42 @@ def scan_h5(path: Path, num_classes: int, required: Sequence[str] = ()) -> H5Sum
             row = int(np.argmax(wrong))
             raise ValueError(f"{path.name} has label {labels[row]} in row {row}, expected 0 to {num_classes - 1}")
         return H5Summary(labels.astype(np.int64), data.shape[1], frozenset(file))
+
+
+def scan_h5_lists(
+    root: Path, lists: dict[str, str], num_classes: int, required: Sequence[str] = ()
+) -> tuple[list[tuple[str, Path, H5Summary]], dict[str, str]]:
+    """
+    What the files of clouds that lists name hold, and why others cannot be read.
+
+    Args:
+        root: the folder of lists and files; lists may name files by where they lay on their maker's disk.
+        lists: name of the list of each split.
+        num_classes, required: as for [`scan_h5`].
+
+    Returns:
+        The split, path and content of each file, in the order of the lists, and reasons by name of the others.
+
+    Raises:
+        OSError: if a list is not there, or none of its files can be read.
+        ValueError: as [`scan_h5`], or if a list is no list of files or the clouds are of several sizes.
+    """
+    found, unreadable = [], {}
+    for split, name in lists.items():
+        listing, reasons, known = root / name, {}, len(found)
+        for line in read_lines(listing):
+            path = root / plain_name(line.replace("\\", "/").rpartition("/")[2], str(listing))
+            try:
+                found.append((split, path, scan_h5(path, num_classes, required)))
+            except OSError as error:
+                reasons[path.name] = reason_unreadable(error, path)
+        if len(found) == known:
+            raise OSError(f"no file that {listing} names can be read; {'; '.join(map(': '.join, reasons.items()))}")
+        unreadable |= reasons
+    sizes = {summary.num_points for *_, summary in found}
+    if len(sizes) > 1:
+        raise ValueError(f"{root} has files with clouds of {sorted(sizes)} points, expected one size.")
+    return found, unreadable
 
 
 def read_h5_row(item: ShapeItem, name: str = "data") -> np.ndarray:
@@ -113,7 +149,7 @@ def _open_h5(path: Path) -> "h5py.File":
     try:
         return h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE)
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read as HDF5: {error}") from None
+        raise OSError(f"{path.name} cannot be read as HDF5: {error}") from None
 
 
 def h5_array(file: "h5py.File", name: str) -> "h5py.Dataset":

@@ -37,7 +37,7 @@ def open_scanobjectnn(root: str | Path, variant: str) -> ShapeSource:
         variant: `"obj-bg"`, `"obj-only"` or `"pb-t50-rs"`.
 
     Raises:
-        FileNotFoundError: if a file is not there.
+        OSError: if a file is not there, or is torn.
         ValueError: if an array of it is not as it should be.
     """
     root = require_folder(root)

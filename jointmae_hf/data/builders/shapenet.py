@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import ShapeItem, ShapeSource
-from .reading import plain_name, read_h5_row, read_lines, read_shape_file, read_table, require_folder, scan_h5
+from .reading import plain_name, read_h5_row, read_lines, read_shape_file, read_table, require_folder, scan_h5_lists
 
 
 # Classes of ShapeNetCore by WordNet's number, in whose order labels are given.
@@ -136,19 +136,20 @@ def open_shapenetpart(root: str | Path) -> ShapeSource:
       `train_test_split/shuffled_{train,val,test}_file_list.json` and `<class>/<model>.txt` with lines of x, y, z, a
       normal (left out) and the part;
     - the HDF5 form: `{train,val,test}_hdf5_file_list.txt` and files of clouds of 2048 points with `data`, `label` and
-      `pid`.
+      `pid`; one that is missing or torn is left out and reported.
 
     Raises:
         FileNotFoundError: if it is neither.
+        OSError: if no HDF5 file of a split can be read.
         ValueError: if a list or array of it is not as it should be.
     """
     root = require_folder(root)
     root = next((root / name for name in ("hdf5_data",) if (root / name).is_dir()), root)
-    num_points = None
+    num_points, unreadable = None, {}
     if (root / "synsetoffset2category.txt").is_file():
         items, read = _scan_part_text(root), _read_part_text
     elif (root / "train_hdf5_file_list.txt").is_file():
-        items, num_points = _scan_part_hdf5(root)
+        items, num_points, unreadable = _scan_part_hdf5(root)
         read = _read_part_hdf5
     else:
         raise FileNotFoundError(
@@ -167,6 +168,7 @@ def open_shapenetpart(root: str | Path) -> ShapeSource:
         license="other",
         license_note=_TERMS,
         homepage="https://shapenet.org",
+        unreadable=unreadable,
     )
 
 
@@ -187,9 +189,12 @@ def _scan_part_text(root: Path) -> list[ShapeItem]:
         listing = root / "train_test_split" / f"shuffled_{short}_file_list.json"
         if not listing.is_file():
             raise FileNotFoundError(f"there is no {listing.name} in {listing.parent}")
-        entries = json.loads(listing.read_text(encoding="utf-8"))
-        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            raise ValueError(f"{listing} is no list of names.")
+        try:
+            entries = json.loads(listing.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{listing} cannot be read as JSON: {error}") from None
+        if not (isinstance(entries, list) and entries and all(isinstance(entry, str) for entry in entries)):
+            raise ValueError(f"{listing} is no list of names, or an empty one.")
         for entry in entries:  # shape_data/02691156/1a04e3eab45ca15dd86060f189eb133
             parts = entry.split("/")
             if len(parts) != 3 or parts[1] not in labels:
@@ -200,23 +205,18 @@ def _scan_part_text(root: Path) -> list[ShapeItem]:
     return items
 
 
-def _scan_part_hdf5(root: Path) -> tuple[list[ShapeItem], int]:
+def _scan_part_hdf5(root: Path) -> tuple[list[ShapeItem], int, dict[str, str]]:
     if (root / "all_object_categories.txt").is_file():
         _check_categories(root / "all_object_categories.txt")
-    items, sizes = [], set()
-    for split, short in {"train": "train", "validation": "val", "test": "test"}.items():
-        listing = root / f"{short}_hdf5_file_list.txt"
-        for line in read_lines(listing):
-            path = root / plain_name(line.replace("\\", "/").rpartition("/")[2], str(listing))
-            summary = scan_h5(path, len(SHAPENETPART_CLASSES), required=("pid",))
-            sizes.add(summary.num_points)
-            items += [
-                ShapeItem(f"{path.stem}/{row}", split, int(label), path, row)
-                for row, label in enumerate(summary.labels)
-            ]
-    if len(sizes) > 1:
-        raise ValueError(f"{root} has files with clouds of {sorted(sizes)} points, expected one size.")
-    return items, sizes.pop()
+    shorts = {"train": "train", "validation": "val", "test": "test"}
+    lists = {split: f"{short}_hdf5_file_list.txt" for split, short in shorts.items()}
+    files, unreadable = scan_h5_lists(root, lists, len(SHAPENETPART_CLASSES), required=("pid",))
+    items = [
+        ShapeItem(f"{path.stem}/{row}", split, int(label), path, row)
+        for split, path, summary in files
+        for row, label in enumerate(summary.labels)
+    ]
+    return items, files[0][2].num_points, unreadable
 
 
 def _read_part_text(item: ShapeItem, num_points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
