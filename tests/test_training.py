@@ -936,6 +936,11 @@ def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp
     assert config.agreement_loss_weight > 0 and config.pooling_layers[-1] == config.num_hidden_layers
 
 
+def test_a_data_set_without_a_held_out_split_is_told_how_to_go_on(make, dataset):
+    with pytest.raises(ValueError, match="`split` is 'test', but .* has the splits \\['train'\\].*--no_evaluate"):
+        pretrain(make("run", dataset=f"{dataset}/train.parquet", evaluate=True))
+
+
 def test_a_run_on_the_cpu_has_the_threads_it_was_told(make):
     before = torch.get_num_threads()
     try:

@@ -292,7 +292,12 @@ class PreTrainer:
         self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
         self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
         if self.evaluates and self.is_main:
-            self.test_table = self._load_table(arguments.eval_split)
+            try:
+                self.test_table = self._load_table(arguments.eval_split)
+            except ValueError as error:
+                raise ValueError(
+                    f"`eval_split` cannot be used for the report: {error} --no_evaluate trains without one."
+                ) from error
 
     def _load_mixture(self, collator: PreTrainingCollator):
         arguments = self.arguments
