@@ -130,6 +130,11 @@ def test_retrieval_searches_what_it_is_told_to(make):
         (LinearSvmArguments, {"model_name_or_path": None}, "expected a model, or --untrained"),
         (LinearSvmArguments, {"C": [0.0]}, "expected positive numbers"),
         (LinearSvmArguments, {"choose_on_test": True}, "expected false with a single `C`"),
+        (
+            LinearSvmArguments,
+            {"choose_on_test": True, "C": [0.01, 1.0], "baseline": "random_forest"},
+            "where there is nothing to choose",
+        ),
         (FewShotArguments, {"ways": 1}, "`ways` is 1, expected 2 or more"),
         (RetrievalArguments, {"output": "/"}, "expected a file, but there is a folder"),
         (RetrievalArguments, {"seeds": []}, r"`seeds` is \[\], expected distinct"),

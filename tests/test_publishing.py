@@ -30,6 +30,7 @@ from jointmae_hf.publishing import (
     PublishingError,
     build_model_folder,
     check_model_folder,
+    draw_label_curve,
     results_table,
     rewrite_block,
 )
@@ -109,7 +110,8 @@ def test_a_table_sets_results_side_by_side():
             result(values=(50.0, 52.0)),
             result(values=(40.0,), kind="untrained"),
             result(values=(45.0,), kind="random_forest", chosen_on_test=True),
-            result("few_shot", (80.0,), settings={"ways": 10}),
+            result("few_shot", (80.0,), settings={"ways": 10, "queries": 20}),
+            result("few_shot", (81.0,), settings={"ways": 10, "queries": 10}),
         ]
     )
     assert table.splitlines() == [
@@ -117,6 +119,7 @@ def test_a_table_sets_results_side_by_side():
         "| --- | --- | --- | ---: | ---: | ---: |",
         "| linear SVM | kicad-parts | accuracy | 51.0 ± 1.4 (2) | 40.0 | 45.0 (chosen on test) |",
         "| few-shot, 10-way 10-shot | kicad-parts | accuracy | 80.0 |  |  |",
+        "| few-shot, 10-way 10-shot, 10 queries | kicad-parts | accuracy | 81.0 |  |  |",
         "| part segmentation | kicad-parts | instance mIoU | 60.0 |  |  |",
     ]
 
@@ -134,6 +137,35 @@ def test_two_results_for_one_cell_are_refused():
     with pytest.raises(ResultError, match="two results are for linear SVM, kicad-parts, accuracy, pre-trained"):
         results_table([result(), result()])
     assert len(results_table([result(), result("retrieval", metric="map")]).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, differs",
+    [
+        ({"dataset": {"name": "kicad-parts", "config_name": None, "splits": {"test": {"crc32": 2}}}}, "crc32': 2"),
+        ({"split_sizes": {"train": 700, "test": 442, "classes": 37}}, "`split_sizes.train` is 700"),
+        ({"settings": {"test_split": "validation"}}, "`settings.test_split` is 'validation'"),
+        ({"settings": {"num_points": 2048}}, "`settings.num_points` is 2048"),
+        ({"settings": {"steps": 300}}, "`settings.steps` is 300"),
+        ({"settings": {"batch_size_used": 8}}, "`settings.batch_size_used` is 8"),
+    ],
+)
+def test_results_that_are_not_comparable_are_not_set_side_by_side(changes, differs):
+    dataset = {"name": "kicad-parts", "config_name": None, "splits": {"test": {"crc32": 1}}}
+    points, training = {"num_points": 1024}, {"steps": 800, "batch_size_used": 32}
+
+    def measured(kind, settings, **changes):
+        command = f"python {kind}.py"
+        return result(
+            "classification", kind=kind, command=command, **{"dataset": dataset, **changes}, settings=settings
+        )
+
+    settings = points | training
+    forest, tuned = measured("random_forest", points.copy()), measured("pretrained", settings.copy())
+    assert len(results_table([forest, tuned, measured("from_scratch", settings.copy())]).splitlines()) == 3
+    changes = {**changes, "settings": settings | changes.get("settings", {})}
+    with pytest.raises(ResultError, match=f"{differs}.*in that of `python from_scratch.py`, but "):
+        results_table([forest, tuned, measured("from_scratch", **changes)])
 
 
 def test_only_the_marked_block_of_a_text_changes():
@@ -162,6 +194,16 @@ def test_a_curve_is_drawn_of_one_task_on_one_data_set(tmp_path):
         write_result(result("classification", kind=kind, split_sizes=sizes), tmp_path / f"{index}.json")
     main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for change, message in (
+        ({"chosen_on_test": True}, "was chosen on test data"),
+        ({"settings": {"train_fraction": 0.1, "num_points": 2048}}, "`settings.num_points` is 2048"),
+        ({"weights": "1" * 64}, "`model.weights` is '1111"),
+    ):
+        settings = {"train_fraction": 0.5, "num_points": 1024}
+        points = [result("classification", settings=settings), result("classification", **change)]
+        with pytest.raises(ResultError, match=message):
+            draw_label_curve(points, tmp_path / "refused.png")
+    assert not (tmp_path / "refused.png").exists()
     write_result(result("retrieval", metric="map"), tmp_path / "3.json")
     with pytest.raises(ResultError, match="expected one task on one data set"):
         main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
@@ -173,6 +215,7 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
         result(values=(40.0,), kind="untrained"),
         result("few_shot", (70.0,), weights=digest),
         result("few_shot", (60.0,), weights=digest, settings={"ways": 10}),
+        result("retrieval", (99.0,), "map", weights=digest, chosen_on_test=True),
     ]
     notes = tmp_path / "notes.md"
     notes.write_text("## Limits\n\nNone known.\n")
@@ -192,6 +235,7 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
     assert (card.data.model_name, card.data.license, card.data.library_name) == ("tiny", "apache-2.0", "transformers")
     for expected in (
         "51.0 ± 1.4 (2) | 40.0",
+        "99.0 (chosen on test)",
         "28,800",
         "None known.",
         "(reconstructions.png)",

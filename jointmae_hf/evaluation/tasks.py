@@ -99,6 +99,8 @@ class LinearSvmArguments(FrozenTaskArguments):
         super().__post_init__()
         self._require("C", self.C and min(self.C) > 0, "positive numbers")
         self._require("choose_on_test", len(self.C) > 1 or not self.choose_on_test, "false with a single `C`")
+        chooses = self.choose_on_test and self.baseline != "none"
+        self._require("choose_on_test", not chooses, "false with a `baseline`, where there is nothing to choose")
         self._require("train_fraction", 0 < self.train_fraction <= 1, "in (0, 1]")
 
 

@@ -115,7 +115,8 @@ def model_card(
     Args:
         folder: holds the model; its pictures (`*.png`) are shown.
         repo_id: name on the Hub, `owner/name`.
-        results: of this model, and of what it is compared with (untrained, from scratch, random forest).
+        results: of this model, and of what it is compared with (untrained, from scratch, random forest). Those that
+            were chosen on test data are in the table, so marked, but not in the metadata.
         license: identifier of the Hub's list, such as `apache-2.0`.
         training: `result.json` of the pre-training run.
         notes: Markdown to add, such as data licences and limits.
@@ -134,6 +135,7 @@ def model_card(
     for result in results:
         _check_weights(result, known | before)
     own = [result for result in results if result.model["initialization"] == "pretrained"]
+    comparable = [result for result in own if not result.chosen_on_test]
     name = repo_id.rpartition("/")[2]
     data = ModelCardData(
         model_name=name,
@@ -142,8 +144,8 @@ def model_card(
         tags=["point-cloud", "3d", "joint-mae", "self-supervised-learning"],
         base_model=base_model,
         datasets=datasets,
-        metrics=sorted({TASKS[result.task] for result in own}) or None,
-        eval_results=[entry for result in own for entry in _eval_results(result)] or None,
+        metrics=sorted({TASKS[result.task] for result in comparable}) or None,
+        eval_results=[entry for result in comparable for entry in _eval_results(result)] or None,
     )
     parts = [_introduction(model, name, repo_id)]
     if unrounded is not None:

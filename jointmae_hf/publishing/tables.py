@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.results import TASKS, ResultError, TaskResult, format_metric
 
@@ -32,6 +33,7 @@ WEIGHTS_NAMES = {
     "from_scratch": "from scratch",
     "random_forest": "random forest",
 }
+_PROTOCOL_QUERIES = 20  # test shapes of each class of a few-shot fold, in the literature
 
 
 def results_table(results: list[TaskResult], headlines_only: bool = False) -> str:
@@ -43,11 +45,16 @@ def results_table(results: list[TaskResult], headlines_only: bool = False) -> st
         headlines_only: whether to leave out all metrics but the one that a task is named for.
 
     Raises:
-        ResultError: if there is none, or two results claim one cell.
+        ResultError: if there is none, two results claim one cell, or those of a row are not comparable.
     """
     if not results:
         raise ResultError("`results` is empty; there is nothing to put into a table.")
     cells: dict[tuple[str, ...], dict[str, str]] = {}
+    compared: dict[tuple[str, str], list[TaskResult]] = {}
+    for result in results:
+        compared.setdefault((task_name(result), dataset_name(result)), []).append(result)
+    for side_by_side in compared.values():
+        check_comparable(side_by_side)
     order = {task: number for number, task in enumerate(TASKS)}
     for result in sorted(results, key=lambda found: order[found.task]):
         for metric, values in result.metrics.items():
@@ -67,6 +74,46 @@ def results_table(results: list[TaskResult], headlines_only: bool = False) -> st
     return _markdown(head, rows, left=3)
 
 
+def check_comparable(results: list[TaskResult], any_share: bool = False):
+    """
+    Refuses results of one task on one data set that were not measured under the same conditions.
+
+    Args:
+        results: to be set side by side; what only some have, as steps of training, is compared among these.
+        any_share: whether the share of the labels may differ, and what follows from it.
+
+    Raises:
+        ResultError: naming the first condition that differs, its two values and the two commands.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for result in results:
+        for name, value in _conditions(result, any_share).items():
+            expected, command = found.setdefault(name, (value, result.command))
+            if value != expected:
+                raise ResultError(
+                    f"results for {task_name(result)}, {dataset_name(result)} are not comparable: `{name}` is "
+                    f"{value!r} in that of `{result.command}`, but {expected!r} in that of `{command}`."
+                )
+
+
+def _conditions(result: TaskResult, any_share: bool) -> dict[str, Any]:
+    """What results must have in common beside the name of their task, by the names of fields and settings."""
+    settings, sizes = result.settings, result.split_sizes
+    found = {f"dataset.splits.{split}": fingerprint for split, fingerprint in result.dataset["splits"].items()}
+    names = ["train_split", "test_split", "num_points", "num_points_used"]
+    if not any_share:
+        names += ["steps", "batch_size_used"]
+    else:
+        sizes = {"test": sizes["test"]}
+        names.append("validation_fraction")
+        if "steps" in settings:  # else a batch is what the frozen network is given at a time
+            names += ["batch_size", "max_steps"] + ([] if settings["max_steps"] else ["epochs"])
+        if result.model["initialization"] == "pretrained":
+            found["model.weights"] = result.model["weights"]
+    found |= {f"split_sizes.{part}": size for part, size in sizes.items()}
+    return found | {f"settings.{name}": settings[name] for name in names if name in settings}
+
+
 def commands_table(results: list[TaskResult]) -> str:
     """How each result is made again: command, commit, device and time."""
     head = ["task", "data set", "weights", "command", "commit", "device", "time"]
@@ -81,11 +128,13 @@ def commands_table(results: list[TaskResult]) -> str:
     return _markdown(head, rows, left=len(head))
 
 
-def task_name(result: TaskResult) -> str:
-    """The task with what makes a variant of it, from the settings."""
+def task_name(result: TaskResult, with_share: bool = True) -> str:
+    """The task with what makes a variant of it, from the settings; the share of the labels can be left out."""
     settings, parts = result.settings, [TASK_NAMES[result.task]]
     if result.task == "few_shot":
         parts.append(f"{settings['ways']}-way {settings['shots']}-shot")
+        if settings.get("queries", _PROTOCOL_QUERIES) != _PROTOCOL_QUERIES:
+            parts.append(f"{settings['queries']} queries")
         if "head" in settings:
             parts.append("fine-tuned")
     if result.task == "retrieval" and settings["gallery"] == "train":
@@ -96,7 +145,7 @@ def task_name(result: TaskResult) -> str:
         parts.append("class unknown")
     if "augmentation" in settings:
         parts.append(settings["augmentation"])
-    if settings.get("train_fraction", 1.0) < 1:
+    if with_share and settings.get("train_fraction", 1.0) < 1:
         parts.append(f"{100 * settings['train_fraction']:g} % of the labels")
     return ", ".join(parts)
 
