@@ -220,7 +220,7 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
     notes = tmp_path / "notes.md"
     notes.write_text("## Limits\n\nNone known.\n")
     training = Path(__file__).parents[1] / "examples" / "results" / "pretrain.json"
-    options = {"repo_id": "org/tiny", "license": "apache-2.0", "training": training, "notes": notes}
+    options = {"repo_id": "org/tiny", "license": "apache-2.0", "training": [training], "notes": notes}
     folder = build_model_folder(trained, tmp_path / "tiny", results=results, **options)
     check_model_folder(folder)
     assert not (folder / "log.jsonl").exists() and (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -243,6 +243,29 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
         "--seeds 0 1`",
     ):
         assert expected in card.text
+
+
+def test_a_card_counts_the_samples_and_the_time_of_all_runs_of_training(trained, tmp_path):
+    run = json.loads((Path(__file__).parents[1] / "examples" / "results" / "pretrain.json").read_text())
+    files = []
+    for number, steps in enumerate((1000, 500)):
+        changes = {"steps": steps, "seconds": 120 * steps, "command": f"python stage-{number}.py", "seed": number}
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(run | changes | {"git_commit": f"{number}123456789-dirty"}))
+    arguments = ["card", str(trained), str(tmp_path / "card"), "--repo_id", "org/tiny", "--license", "apache-2.0"]
+    main([*arguments, "--training", *map(str, files)])
+    text = (tmp_path / "card" / "README.md").read_text()
+    size = run["arguments"]["batch_size"]
+    for expected in (
+        f"| samples seen | {1500 * size:,} |",
+        "| time | 3,000 min,",
+        f"| steps | 1,000 of {size}; then 500 of {size} |",
+        "| seed | 0; then 1 |",
+        "| `python stage-0.py` | 0123456-dirty |",
+        "| `python stage-1.py` | 1123456-dirty |",
+    ):
+        assert expected in text
+    assert text.count(f"| versions | python {run['versions']['python']}") == 1
 
 
 def test_a_card_refuses_numbers_of_other_weights(trained, digest, tmp_path):
@@ -288,7 +311,7 @@ def test_a_folder_that_is_no_repository_is_refused(trained, tmp_path):
     with pytest.raises(PublishingError, match="there is no such folder"):
         check_model_folder(tmp_path / "nowhere")
     with pytest.raises(PublishingError, match="is not the result of a pre-training run"):
-        build_model_folder(trained, tmp_path / "tiny", training=folder / "config.json", **options)
+        build_model_folder(trained, tmp_path / "tiny", training=[folder / "config.json"], **options)
 
 
 # ---- The released models

@@ -1,6 +1,7 @@
 """Markdown tables made from results. Nothing in them is typed by hand."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +115,22 @@ def _conditions(result: TaskResult, any_share: bool) -> dict[str, Any]:
     return found | {f"settings.{name}": settings[name] for name in names if name in settings}
 
 
-def commands_table(results: list[TaskResult]) -> str:
-    """How each result is made again: command, commit, device and time."""
+def commands_table(results: list[TaskResult], before: Sequence[list[str]] = ()) -> str:
+    """How each result is made again: command, commit, device and time. `before` are rows of what comes first."""
     head = ["task", "data set", "weights", "command", "commit", "device", "time"]
-    rows = []
+    rows = [*before]
     for result in results:
-        commit = (result.git_commit or "")[:7]
         weights = WEIGHTS_NAMES[result.model["initialization"]]
-        command = "`" + result.command.replace("|", "\\|") + "`"
-        rows.append(
-            [task_name(result), dataset_name(result), weights, command, commit, result.device, _time(result.seconds)]
-        )
+        how = reproduction(result.command, result.git_commit, result.device, result.seconds)
+        rows.append([task_name(result), dataset_name(result), weights, *how])
     return _markdown(head, rows, left=len(head))
+
+
+def reproduction(command: str, git_commit: str | None, device: str, seconds: float) -> list[str]:
+    """Command, commit, device and time as a table shows them: of each commit 7 digits, and whether it is `-dirty`."""
+    command = "`" + command.replace("|", "\\|") + "`"
+    commit = re.sub(r"\b([0-9a-f]{7})[0-9a-f]+", r"\1", git_commit or "")
+    return [command, commit, device, _time(seconds)]
 
 
 def task_name(result: TaskResult, with_share: bool = True) -> str:
