@@ -1,6 +1,8 @@
 """The result file: whole or absent, and refused when it contradicts itself."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,14 +10,18 @@ import torch
 from test_publishing import result
 
 from jointmae_hf.evaluation.results import (
+    UNKNOWN_ORIGIN,
     ResultError,
+    command_line,
     describe,
+    provenance,
     read_result,
     read_results,
     summarize,
     weights_digest,
     write_result,
 )
+from jointmae_hf.training import pretraining
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
@@ -87,3 +93,70 @@ def test_a_digest_knows_weights_by_value():
     with torch.no_grad():
         second.bias[0] += 1
     assert weights_digest(first) != weights_digest(second)
+
+
+# ---- Where a result comes from
+
+
+@pytest.mark.parametrize(
+    "environment, words, expected",
+    [
+        ({}, ["x.py", "--seeds", "0", "1"], "python x.py --seeds 0 1"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no"},
+            ["x.py", "--resume_from_checkpoint", "latest", "--seeds", "0"],
+            "python x.py --seeds 0",
+        ),
+        (
+            {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
+            ["x.py", "--overwrite_output_dir", "--preset", "a b", "--resume-from-checkpoint=latest"],
+            "accelerate launch --num_processes 2 --mixed_precision bf16 x.py --preset 'a b'",
+        ),
+    ],
+)
+def test_the_command_makes_the_result_anew(monkeypatch, environment, words, expected):
+    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", words)
+    assert command_line() == expected
+
+
+def test_a_result_of_several_origins_names_them_all():
+    first = {"git_commit": "abc", "versions": {"torch": "2.1", "numpy": "2"}, "device": "a CPU"}
+    second = {"git_commit": "abc-dirty", "versions": {"torch": "2.2", "numpy": "2"}, "device": "a CPU"}
+    made = provenance([first, second, first], 3.0)
+    assert (made["git_commit"], made["device"], made["seconds"]) == ("abc; abc-dirty", "a CPU", 3.0)
+    assert made["versions"] == {"torch": "2.1; 2.2", "numpy": "2"}
+    assert provenance([UNKNOWN_ORIGIN, first], 3.0)["git_commit"] == "unknown; abc"
+
+
+def test_a_commit_is_named_only_of_its_own_clone_and_marked_where_code_was_edited(monkeypatch, tmp_path):
+    def git(*words):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit(root):
+        monkeypatch.setattr(pretraining, "__file__", str(root / "jointmae_hf" / "training" / "pretraining.py"))
+        return pretraining.git_commit.__wrapped__()
+
+    source, installed = tmp_path, tmp_path / ".venv" / "site-packages"
+    names = ("README.md", "benchmarks/step.py", "benchmarks/results/step.json", "examples/results/pretrain.json")
+    files = [tmp_path / name for name in names]
+    files += [root / "jointmae_hf" / "training" / "pretraining.py" for root in (source, installed)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    git("init")
+    assert commit(source) is None
+    git("add", "README.md", "benchmarks", "examples", "jointmae_hf")
+    git("commit", "-m", "all")
+    head = git("rev-parse", "HEAD")
+    for file in (files[0], files[2], files[3]):  # documents and results
+        file.write_text("2")
+    assert commit(source) == head and commit(installed) is None
+    for file in (files[1], files[4]):
+        file.write_text("2")
+        assert commit(source) == f"{head}-dirty"
+        file.write_text("1")

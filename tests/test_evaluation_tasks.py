@@ -21,6 +21,7 @@ from jointmae_hf.evaluation import (
     segmentation_metrics,
     shape_histograms,
 )
+from jointmae_hf.evaluation.features import map_batches
 from jointmae_hf.evaluation.segmentation import class_parts
 from jointmae_hf.evaluation.tasks import (
     FewShotArguments,
@@ -132,6 +133,11 @@ def test_retrieval_searches_what_it_is_told_to(make):
         (LinearSvmArguments, {"model_name_or_path": None}, "expected a model, or --untrained"),
         (LinearSvmArguments, {"C": [0.0]}, "expected positive numbers"),
         (LinearSvmArguments, {"choose_on_test": True}, "expected false with a single `C`"),
+        (
+            LinearSvmArguments,
+            {"choose_on_test": True, "C": [0.01, 1.0], "baseline": "random_forest"},
+            "where there is nothing to choose",
+        ),
         (FewShotArguments, {"ways": 1}, "`ways` is 1, expected 2 or more"),
         (RetrievalArguments, {"output": "/"}, "expected a file, but there is a folder"),
         (RetrievalArguments, {"seeds": []}, r"`seeds` is \[\], expected distinct"),
@@ -153,6 +159,20 @@ def test_threads_extract_the_same_features(pretrained, dataset):
     assert np.array_equal(extract_features(encoder, points, batch_size=8), alone)
     by_layer = extract_features(load_encoder(pretrained), points, layers=[0, -1], batch_size=8)
     assert np.array_equal(by_layer[1], alone) and not np.array_equal(by_layer[0], alone)
+
+
+def test_threads_share_out_batches_and_not_a_single_one():
+    torch.set_num_threads(2)
+    cpu = torch.device("cpu")
+    for num_clouds, threads in ((8, [2]), (9, [1, 1])):
+        assert map_batches(lambda rows: torch.get_num_threads(), num_clouds, 8, cpu) == threads
+
+
+def test_progress_is_shown_over_batches_of_clouds(make, capsys):
+    evaluate_linear_svm(make(seeds=[4], batch_size=15))
+    shown = capsys.readouterr().err
+    assert "linear_svm, seed 4, train" in shown and "0/3" in shown
+    assert "linear_svm, seed 4, test" in shown and "0/2" in shown
 
 
 def test_a_fold_takes_its_support_and_its_queries_from_their_splits():

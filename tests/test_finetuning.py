@@ -25,6 +25,7 @@ from jointmae_hf.data.labelled import load_labelled_splits, stratified_rows, val
 from jointmae_hf.data.loading import fixed_subsample
 from jointmae_hf.evaluation import draw_fold, read_result, read_results
 from jointmae_hf.evaluation.classification import predict_logits
+from jointmae_hf.evaluation.results import UNKNOWN_ORIGIN
 from jointmae_hf.training import finetuning
 from jointmae_hf.training.finetuning import finetune_classification, finetune_segmentation
 from jointmae_hf.training.finetuning_arguments import ClassificationArguments, SegmentationArguments
@@ -298,6 +299,24 @@ def test_seeds_that_are_done_are_not_repeated(make, monkeypatch, tmp_path):
     steps.clear()
     result = finetune_classification(make("run", seeds=[0, 1], voting=2, resume_from_checkpoint="latest"))
     assert not steps and "accuracy_voted" in result.metrics
+
+
+def test_a_result_of_resumed_seeds_says_who_made_each(make, monkeypatch, tmp_path):
+    options = {"max_steps": 2, "validation_fraction": 0.0}
+    for commit, seeds in (("first", [0]), ("second", [0, 1])):
+        made_by = UNKNOWN_ORIGIN | {"git_commit": commit}
+        monkeypatch.setattr(finetuning, "origin", lambda device, made_by=made_by: made_by)
+        result = finetune_classification(make("run", seeds=seeds, resume_from_checkpoint="latest", **options))
+    records = [json.loads((tmp_path / "run" / f"seed-{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
+    assert [[each["git_commit"] for each in record["origins"]] for record in records] == [["first"], ["second"]]
+    assert result.git_commit == "first; second"
+    seconds = sum(record["seconds"] + record["seconds_of_evaluation"] for record in records)
+    assert result.seconds == pytest.approx(seconds, abs=0.01) and all(record["seconds"] > 0 for record in records)
+    # A seed that went on under another commit has both.
+    (tmp_path / "run" / "seed-0" / "metrics.json").unlink()
+    result = finetune_classification(make("run", seeds=[0], resume_from_checkpoint="latest", **options))
+    assert result.git_commit == "first; second"
+    assert result.settings["seconds_of_training"] == pytest.approx([records[0]["seconds"]], abs=0.2)
 
 
 def test_a_run_is_not_continued_with_other_arguments_or_weights(make, dataset, pretrained, tmp_path):

@@ -30,6 +30,7 @@ from jointmae_hf.publishing import (
     PublishingError,
     build_model_folder,
     check_model_folder,
+    draw_label_curve,
     results_table,
     rewrite_block,
 )
@@ -109,7 +110,8 @@ def test_a_table_sets_results_side_by_side():
             result(values=(50.0, 52.0)),
             result(values=(40.0,), kind="untrained"),
             result(values=(45.0,), kind="random_forest", chosen_on_test=True),
-            result("few_shot", (80.0,), settings={"ways": 10}),
+            result("few_shot", (80.0,), settings={"ways": 10, "queries": 20}),
+            result("few_shot", (81.0,), settings={"ways": 10, "queries": 10}),
         ]
     )
     assert table.splitlines() == [
@@ -117,6 +119,7 @@ def test_a_table_sets_results_side_by_side():
         "| --- | --- | --- | ---: | ---: | ---: |",
         "| linear SVM | kicad-parts | accuracy | 51.0 ± 1.4 (2) | 40.0 | 45.0 (chosen on test) |",
         "| few-shot, 10-way 10-shot | kicad-parts | accuracy | 80.0 |  |  |",
+        "| few-shot, 10-way 10-shot, 10 queries | kicad-parts | accuracy | 81.0 |  |  |",
         "| part segmentation | kicad-parts | instance mIoU | 60.0 |  |  |",
     ]
 
@@ -135,6 +138,35 @@ def test_two_results_for_one_cell_are_refused():
     with pytest.raises(ResultError, match="two results are for linear SVM, kicad-parts, accuracy, pre-trained"):
         results_table([result(), result()])
     assert len(results_table([result(), result("retrieval", metric="map")]).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, differs",
+    [
+        ({"dataset": {"name": "kicad-parts", "config_name": None, "splits": {"test": {"crc32": 2}}}}, "crc32': 2"),
+        ({"split_sizes": {"train": 700, "test": 442, "classes": 37}}, "`split_sizes.train` is 700"),
+        ({"settings": {"test_split": "validation"}}, "`settings.test_split` is 'validation'"),
+        ({"settings": {"num_points": 2048}}, "`settings.num_points` is 2048"),
+        ({"settings": {"steps": 300}}, "`settings.steps` is 300"),
+        ({"settings": {"batch_size_used": 8}}, "`settings.batch_size_used` is 8"),
+    ],
+)
+def test_results_that_are_not_comparable_are_not_set_side_by_side(changes, differs):
+    dataset = {"name": "kicad-parts", "config_name": None, "splits": {"test": {"crc32": 1}}}
+    points, training = {"num_points": 1024}, {"steps": 800, "batch_size_used": 32}
+
+    def measured(kind, settings, **changes):
+        command = f"python {kind}.py"
+        return result(
+            "classification", kind=kind, command=command, **{"dataset": dataset, **changes}, settings=settings
+        )
+
+    settings = points | training
+    forest, tuned = measured("random_forest", points.copy()), measured("pretrained", settings.copy())
+    assert len(results_table([forest, tuned, measured("from_scratch", settings.copy())]).splitlines()) == 3
+    changes = {**changes, "settings": settings | changes.get("settings", {})}
+    with pytest.raises(ResultError, match=f"{differs}.*in that of `python from_scratch.py`, but "):
+        results_table([forest, tuned, measured("from_scratch", **changes)])
 
 
 def test_only_the_marked_block_of_a_text_changes():
@@ -163,6 +195,16 @@ def test_a_curve_is_drawn_of_one_task_on_one_data_set(tmp_path):
         write_result(result("classification", kind=kind, split_sizes=sizes), tmp_path / f"{index}.json")
     main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for change, message in (
+        ({"chosen_on_test": True}, "was chosen on test data"),
+        ({"settings": {"train_fraction": 0.1, "num_points": 2048}}, "`settings.num_points` is 2048"),
+        ({"weights": "1" * 64}, "`model.weights` is '1111"),
+    ):
+        settings = {"train_fraction": 0.5, "num_points": 1024}
+        points = [result("classification", settings=settings), result("classification", **change)]
+        with pytest.raises(ResultError, match=message):
+            draw_label_curve(points, tmp_path / "refused.png")
+    assert not (tmp_path / "refused.png").exists()
     write_result(result("retrieval", metric="map"), tmp_path / "3.json")
     with pytest.raises(ResultError, match="expected one task on one data set"):
         main(["curve", str(tmp_path / "curve.png"), str(tmp_path)])
@@ -174,11 +216,12 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
         result(values=(40.0,), kind="untrained"),
         result("few_shot", (70.0,), weights=digest),
         result("few_shot", (60.0,), weights=digest, settings={"ways": 10}),
+        result("retrieval", (99.0,), "map", weights=digest, chosen_on_test=True),
     ]
     notes = tmp_path / "notes.md"
     notes.write_text("## Limits\n\nNone known.\n")
     training = Path(__file__).parents[1] / "examples" / "results" / "pretrain.json"
-    options = {"repo_id": "org/tiny", "license": "apache-2.0", "training": training, "notes": notes}
+    options = {"repo_id": "org/tiny", "license": "apache-2.0", "training": [training], "notes": notes}
     folder = build_model_folder(trained, tmp_path / "tiny", results=results, **options)
     check_model_folder(folder)
     assert not (folder / "log.jsonl").exists() and (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -193,6 +236,7 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
     assert (card.data.model_name, card.data.license, card.data.library_name) == ("tiny", "apache-2.0", "transformers")
     for expected in (
         "51.0 ± 1.4 (2) | 40.0",
+        "99.0 (chosen on test)",
         "28,800",
         "None known.",
         "(reconstructions.png)",
@@ -200,6 +244,29 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
         "--seeds 0 1`",
     ):
         assert expected in card.text
+
+
+def test_a_card_counts_the_samples_and_the_time_of_all_runs_of_training(trained, tmp_path):
+    run = json.loads((Path(__file__).parents[1] / "examples" / "results" / "pretrain.json").read_text())
+    files = []
+    for number, steps in enumerate((1000, 500)):
+        changes = {"steps": steps, "seconds": 120 * steps, "command": f"python stage-{number}.py", "seed": number}
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(run | changes | {"git_commit": f"{number}123456789-dirty"}))
+    arguments = ["card", str(trained), str(tmp_path / "card"), "--repo_id", "org/tiny", "--license", "apache-2.0"]
+    main([*arguments, "--training", *map(str, files)])
+    text = (tmp_path / "card" / "README.md").read_text()
+    size = run["arguments"]["batch_size"]
+    for expected in (
+        f"| samples seen | {1500 * size:,} |",
+        "| time | 3,000 min,",
+        f"| steps | 1,000 of {size}; then 500 of {size} |",
+        "| seed | 0; then 1 |",
+        "| `python stage-0.py` | 0123456-dirty |",
+        "| `python stage-1.py` | 1123456-dirty |",
+    ):
+        assert expected in text
+    assert text.count(f"| versions | python {run['versions']['python']}") == 1
 
 
 def test_a_card_refuses_numbers_of_other_weights(trained, digest, tmp_path):
@@ -245,7 +312,7 @@ def test_a_folder_that_is_no_repository_is_refused(trained, tmp_path):
     with pytest.raises(PublishingError, match="there is no such folder"):
         check_model_folder(tmp_path / "nowhere")
     with pytest.raises(PublishingError, match="is not the result of a pre-training run"):
-        build_model_folder(trained, tmp_path / "tiny", training=folder / "config.json", **options)
+        build_model_folder(trained, tmp_path / "tiny", training=[folder / "config.json"], **options)
 
 
 # ---- The released models

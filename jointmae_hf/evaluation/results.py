@@ -7,6 +7,7 @@ data with which weights, by which protocol, at every seed, and how to get it aga
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import statistics
@@ -33,6 +34,10 @@ TASKS = {
 }
 # Where the weights came from before the task began.
 INITIALIZATIONS = ("pretrained", "untrained", "from_scratch", "random_forest")
+# What `origin` would say of a part of a result that was kept without it.
+UNKNOWN_ORIGIN = {"git_commit": None, "versions": {}, "device": "unknown"}
+# Arguments that say what to do with an earlier run, and nothing about the result.
+_RESUMING = ("resume_from_checkpoint", "overwrite_output_dir")
 
 
 class ResultError(ValueError):
@@ -57,10 +62,11 @@ class TaskResult:
         settings: everything that was set, by name.
         chosen_on_test: whether anything was chosen by its score on the test split.
         command: what makes the result again.
-        git_commit: commit of the code, `None` outside a clone.
+        git_commit: commit of the code, with `-dirty` if it was edited since; `None` outside a clone. Where parts of
+            the result were made by different commits, versions or devices, all of them, with `; ` between.
         versions: of Python and packages.
         device: what it ran on, in words.
-        seconds: how long it took.
+        seconds: how long it took, without interruptions.
         finished: when, ISO 8601 in UTC.
 
     Raises:
@@ -125,24 +131,59 @@ def summarize_runs(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
     return {name: summarize([run[name] for run in runs]) for name in runs[0]}
 
 
-def provenance(device: torch.device, seconds: float) -> dict[str, Any]:
-    """Command, commit, versions, device and time of a result."""
+def origin(device: torch.device) -> dict[str, Any]:
+    """Commit, versions and device of what this process computes."""
     from ..training.pretraining import device_name, git_commit, versions
 
     return {
-        "command": command_line(),
         "git_commit": git_commit(),
         "versions": versions() | {"scikit-learn": version("scikit-learn")},
         "device": device_name(device),
+    }
+
+
+def provenance(origins: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """
+    Command, commit, versions, device and time of a result.
+
+    Args:
+        origins: what [`origin`] gave in each process that made a part of it.
+        seconds: how long all of it took.
+    """
+    packages = dict.fromkeys(name for each in origins for name in each["versions"])
+    return {
+        "command": command_line(),
+        "git_commit": _every_value([each["git_commit"] for each in origins]),
+        "versions": {name: _every_value([each["versions"].get(name) for each in origins]) for name in packages},
+        "device": _every_value([each["device"] for each in origins]),
         "seconds": round(seconds, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+def _every_value(values: list[str | None]) -> str | None:
+    """The value that all have, else each of them."""
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else "; ".join(value or "unknown" for value in distinct)
+
+
 def command_line() -> str:
-    """This process as a shell command. Scripts that train are started by `accelerate launch`, others by `python`."""
-    launcher = "python" if "finetune" not in Path(sys.argv[0]).name else "accelerate launch"
-    return f"{launcher} {shlex.join(sys.argv)}"
+    """
+    The shell command that repeats what this process does from the start: without arguments that resume or overwrite,
+    and with the launcher where it decides the result, by several processes or a precision.
+    """
+    told = []
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        told += ["--num_processes", processes]
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        told += ["--mixed_precision", precision]
+    words, skips = ["accelerate", "launch", *told] if told else ["python"], False
+    for word in sys.argv:
+        if word.startswith("--"):
+            skips = word.partition("=")[0].replace("-", "_").lstrip("_") in _RESUMING
+        if not skips:
+            words.append(word)
+    return shlex.join(words)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .. import JointMAEConfig, JointMAEModel
@@ -23,7 +22,7 @@ from .features import extract_features
 from .few_shot import draw_fold
 from .histograms import random_forest, shape_histograms
 from .linear_svm import accuracies, linear_svm, standardize
-from .results import TaskResult, provenance, summarize_runs, weights_digest, write_result
+from .results import TaskResult, origin, provenance, summarize_runs, weights_digest, write_result
 from .retrieval import retrieval_metrics
 
 
@@ -99,6 +98,8 @@ class LinearSvmArguments(FrozenTaskArguments):
         super().__post_init__()
         self._require("C", self.C and min(self.C) > 0, "positive numbers")
         self._require("choose_on_test", len(self.C) > 1 or not self.choose_on_test, "false with a single `C`")
+        chooses = self.choose_on_test and self.baseline != "none"
+        self._require("choose_on_test", not chooses, "false with a `baseline`, where there is nothing to choose")
         self._require("train_fraction", 0 < self.train_fraction <= 1, "in (0, 1]")
 
 
@@ -251,9 +252,7 @@ class _FrozenTask:
         """Measures each seed and writes the result."""
         arguments = self.arguments
         seeds = self._distinct_seeds()
-        runs = []
-        for seed in tqdm(seeds, desc=self.name, unit="seed", leave=False):
-            runs.append(measure(self, seed))
+        runs = [measure(self, seed) for seed in seeds]
         settings = asdict(arguments) | {"seeds": seeds}
         if self.chosen:
             settings["C_used"] = self.chosen
@@ -274,7 +273,7 @@ class _FrozenTask:
             protocol=protocol,
             settings=settings,
             chosen_on_test=getattr(arguments, "choose_on_test", False),
-            **provenance(self.device, time.perf_counter() - self.started),
+            **provenance([origin(self.device)], time.perf_counter() - self.started),
         )
         output = Path(arguments.output or f"outputs/{self.name}-{result.model['initialization']}/result.json")
         write_result(result, output)
@@ -284,14 +283,17 @@ class _FrozenTask:
     def features(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Features of both splits: of the network, or the histograms. Those of the last seed are kept."""
         if self._features is None or self._features[0] != seed:
-            self._features = (seed, (self._extract(self.train, seed), self._extract(self.test, seed)))
+            train = self._extract(self.train, seed, self.arguments.train_split)
+            test = self._extract(self.test, seed, self.arguments.test_split)
+            self._features = (seed, (train, test))
         return self._features[1]
 
-    def _extract(self, split: LabelledClouds, seed: int) -> np.ndarray:
+    def _extract(self, split: LabelledClouds, seed: int, name: str) -> np.ndarray:
         points = fixed_subsample(split.clouds, self.arguments.num_points, seed)
         if self.is_forest:
             return shape_histograms(points, seed)
-        return extract_features(self._encoder(seed), points, batch_size=self.arguments.batch_size)
+        progress = f"{self.name}, seed {seed}, {name}"
+        return extract_features(self._encoder(seed), points, batch_size=self.arguments.batch_size, progress=progress)
 
     def _encoder(self, seed: int) -> PreTrainedModel:
         """The network; an untrained one anew for each seed."""

@@ -39,7 +39,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     card.add_argument("--repo_id", required=True, help="name on the Hub, owner/name")
     card.add_argument("--license", required=True, help="identifier of the Hub's list, such as apache-2.0")
     card.add_argument("--results", nargs="*", default=[], help="result files, or folders of them")
-    card.add_argument("--training", type=Path, help="result.json of the pre-training run")
+    card.add_argument(
+        "--training", type=Path, nargs="+", default=[], help="result.json of each pre-training run, in their order"
+    )
     card.add_argument("--notes", type=Path, help="Markdown to add: data licences, limits")
     card.add_argument("--base_model", help="what it was fine-tuned from")
     card.add_argument("--datasets", nargs="*", help="names on the Hub of the training data")

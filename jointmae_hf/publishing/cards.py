@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from ..evaluation.results import TASKS, ResultError, TaskResult, weights_digest
 from .curves import draw_losses
 from .hub import MODEL_FILES, PICTURES, PublishingError, load_model
-from .tables import METRIC_NAMES, TASK_NAMES, commands_table, dataset_name, results_table, task_name
+from .tables import METRIC_NAMES, TASK_NAMES, commands_table, dataset_name, reproduction, results_table, task_name
 
 
 _TASK_TYPES = {"retrieval": "point-cloud-retrieval", "part_segmentation": "point-cloud-segmentation"}
@@ -103,7 +104,7 @@ def model_card(
     repo_id: str,
     results: list[TaskResult],
     license: str,
-    training: str | Path | None = None,
+    training: Sequence[str | Path] = (),
     notes: str | Path | None = None,
     base_model: str | None = None,
     datasets: list[str] | None = None,
@@ -115,16 +116,17 @@ def model_card(
     Args:
         folder: holds the model; its pictures (`*.png`) are shown.
         repo_id: name on the Hub, `owner/name`.
-        results: of this model, and of what it is compared with (untrained, from scratch, random forest).
+        results: of this model, and of what it is compared with (untrained, from scratch, random forest). Those that
+            were chosen on test data are in the table, so marked, but not in the metadata.
         license: identifier of the Hub's list, such as `apache-2.0`.
-        training: `result.json` of the pre-training run.
+        training: `result.json` of each pre-training run that the model went through, in their order.
         notes: Markdown to add, such as data licences and limits.
         base_model: what the model was fine-tuned from.
         datasets: names on the Hub of the training data, for the metadata.
         unrounded: folder of the same model before its weights were rounded; results may have been measured with it.
 
     Raises:
-        PublishingError: if the folder is no model.
+        PublishingError: if the folder is no model, or a file of `training` no result of pre-training.
         ResultError: if a result was measured with other weights than those in the folder.
     """
     folder = Path(folder)
@@ -134,6 +136,7 @@ def model_card(
     for result in results:
         _check_weights(result, known | before)
     own = [result for result in results if result.model["initialization"] == "pretrained"]
+    comparable = [result for result in own if not result.chosen_on_test]
     name = repo_id.rpartition("/")[2]
     data = ModelCardData(
         model_name=name,
@@ -142,8 +145,8 @@ def model_card(
         tags=["point-cloud", "3d", "joint-mae", "self-supervised-learning"],
         base_model=base_model,
         datasets=datasets,
-        metrics=sorted({TASKS[result.task] for result in own}) or None,
-        eval_results=[entry for result in own for entry in _eval_results(result)] or None,
+        metrics=sorted({TASKS[result.task] for result in comparable}) or None,
+        eval_results=[entry for result in comparable for entry in _eval_results(result)] or None,
     )
     parts = [_introduction(model, name, repo_id)]
     if unrounded is not None:
@@ -152,10 +155,12 @@ def model_card(
     parts += [f"![{file.stem.replace('_', ' ')}]({file.name})\n" for file in sorted(folder.glob(PICTURES))]
     if results:
         parts.append(_results_section(results))
-    if training is not None:
-        parts.append(_training_section(Path(training)))
-    if results:
-        parts.append("## How to reproduce\n\n" + commands_table(results) + "\n")
+    stages = [_read_training(Path(file)) for file in training]
+    if stages:
+        parts.append(_training_section(stages))
+    if stages or results:
+        rows = [stage["row"] for stage in stages]
+        parts.append("## How to reproduce\n\n" + commands_table(results, rows) + "\n")
     if notes is not None:
         parts.append(Path(notes).read_text(encoding="utf-8"))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(part.strip() + "\n" for part in parts))
@@ -209,29 +214,49 @@ def _results_section(results: list[TaskResult]) -> str:
     return "\n".join([*lines, *protocols, ""])
 
 
-def _training_section(file: Path) -> str:
-    """What the result of a pre-training run says about it."""
+def _read_training(file: Path) -> dict[str, Any]:
+    """What the result of a pre-training run says: `samples`, `seconds`, its row among the commands, and the rest."""
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         arguments = run["arguments"]
         size, steps = arguments["batch_size"], run["steps"]
         parts = run["dataset"] if isinstance(run["dataset"], list) else [run["dataset"]]  # of a mixture, its sources
         content = "; ".join(", ".join(f"{key} {value}" for key, value in part.items()) for part in parts)
-        shown = {
-            "data": f"{arguments.get('train_data') or arguments['dataset']} ({content})",
-            "samples seen": f"{steps * size:,} ({steps:,} steps of {size})",
-            "learning rate": f"{arguments['learning_rate']:g}, weight decay {arguments['weight_decay']:g}",
-            "precision": arguments["mixed_precision"],
-            "seed": run["seed"],
-            "device": f"{run['device']}, {run['num_processes']} process(es)",
-            "time": f"{run['seconds'] / 60:,.0f} min, {run['samples_per_second']:,.0f} samples/s",
-            "final losses": ", ".join(f"{key} {value:.4g}" for key, value in run["final_losses"].items()),
-            "commit": run["git_commit"],
-            "versions": ", ".join(f"{key} {value}" for key, value in run["versions"].items()),
-            "command": f"`{run['command']}`",
+        data = arguments.get("train_data") or arguments["dataset"]
+        device = f"{run['device']}, {run['num_processes']} process(es)"
+        return {
+            "samples": steps * size,
+            "seconds": run["seconds"],
+            "row": [
+                "pre-training",
+                data,
+                "",
+                *reproduction(run["command"], run["git_commit"], device, run["seconds"]),
+            ],
+            "shown": {
+                "data": f"{data} ({content})",
+                "steps": f"{steps:,} of {size}",
+                "learning rate": f"{arguments['learning_rate']:g}, weight decay {arguments['weight_decay']:g}",
+                "precision": arguments["mixed_precision"],
+                "seed": str(run["seed"]),
+                "final losses": ", ".join(f"{key} {value:.4g}" for key, value in run["final_losses"].items()),
+                "versions": ", ".join(f"{key} {value}" for key, value in run["versions"].items()),
+            },
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PublishingError(f"{file} is not the result of a pre-training run: {error!r}.") from error
+
+
+def _training_section(stages: list[dict[str, Any]]) -> str:
+    """What the runs of pre-training did, one after the other; what all have in common is said once."""
+    samples, seconds = (sum(stage[name] for stage in stages) for name in ("samples", "seconds"))
+    shown = {
+        "samples seen": f"{samples:,}",
+        "time": f"{seconds / 60:,.0f} min, {samples / seconds:,.0f} samples/s",
+    }
+    for name in stages[0]["shown"]:
+        values = [stage["shown"][name] for stage in stages]
+        shown[name] = values[0] if len(set(values)) == 1 else "; then ".join(values)
     return "\n".join(["## Training", "", "| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in shown.items()), ""])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.results import TASKS, ResultError, TaskResult
-from .tables import METRIC_NAMES, WEIGHTS_NAMES, dataset_name
+from .tables import METRIC_NAMES, WEIGHTS_NAMES, check_comparable, dataset_name, task_name
 
 
 if TYPE_CHECKING:
@@ -34,13 +34,17 @@ def draw_label_curve(results: list[TaskResult], path: str | Path):
         path: the picture.
 
     Raises:
-        ResultError: if there is none, or they are of several tasks or data sets.
+        ResultError: if there is none, they are of several tasks, data sets or pre-trained models, their settings
+            differ in more than the share of the labels, or one was chosen on test data.
     """
-    kinds = sorted({(result.task, dataset_name(result)) for result in results})
+    kinds = sorted({(task_name(result, with_share=False), dataset_name(result)) for result in results})
     if len(kinds) != 1:
         raise ResultError(f"`results` are of {kinds}, expected one task on one data set.")
+    check_comparable(results, any_share=True)
     lines = defaultdict(list)
     for result in results:
+        if result.chosen_on_test:
+            raise ResultError(f"the result of `{result.command}` was chosen on test data, which no curve may show.")
         metric = result.headline
         point = (result.split_sizes["train"], metric["mean"], metric["deviation"] or 0.0)
         lines[result.model["initialization"]].append(point)

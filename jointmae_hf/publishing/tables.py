@@ -1,7 +1,9 @@
 """Markdown tables made from results. Nothing in them is typed by hand."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.results import TASKS, ResultError, TaskResult, format_metric
 
@@ -32,6 +34,7 @@ WEIGHTS_NAMES = {
     "from_scratch": "from scratch",
     "random_forest": "random forest",
 }
+_PROTOCOL_QUERIES = 20  # test shapes of each class of a few-shot fold, in the literature
 
 
 def results_table(results: list[TaskResult], headlines_only: bool = False) -> str:
@@ -43,11 +46,16 @@ def results_table(results: list[TaskResult], headlines_only: bool = False) -> st
         headlines_only: whether to leave out all metrics but the one that a task is named for.
 
     Raises:
-        ResultError: if there is none, or two results claim one cell.
+        ResultError: if there is none, two results claim one cell, or those of a row are not comparable.
     """
     if not results:
         raise ResultError("`results` is empty; there is nothing to put into a table.")
     cells: dict[tuple[str, ...], dict[str, str]] = {}
+    compared: dict[tuple[str, str], list[TaskResult]] = {}
+    for result in results:
+        compared.setdefault((task_name(result), dataset_name(result)), []).append(result)
+    for side_by_side in compared.values():
+        check_comparable(side_by_side)
     order = {task: number for number, task in enumerate(TASKS)}
     for result in sorted(results, key=lambda found: order[found.task]):
         for metric, values in result.metrics.items():
@@ -67,25 +75,71 @@ def results_table(results: list[TaskResult], headlines_only: bool = False) -> st
     return _markdown(head, rows, left=3)
 
 
-def commands_table(results: list[TaskResult]) -> str:
-    """How each result is made again: command, commit, device and time."""
-    head = ["task", "data set", "weights", "command", "commit", "device", "time"]
-    rows = []
+def check_comparable(results: list[TaskResult], any_share: bool = False):
+    """
+    Refuses results of one task on one data set that were not measured under the same conditions.
+
+    Args:
+        results: to be set side by side; what only some have, as steps of training, is compared among these.
+        any_share: whether the share of the labels may differ, and what follows from it.
+
+    Raises:
+        ResultError: naming the first condition that differs, its two values and the two commands.
+    """
+    found: dict[str, tuple[Any, str]] = {}
     for result in results:
-        commit = (result.git_commit or "")[:7]
+        for name, value in _conditions(result, any_share).items():
+            expected, command = found.setdefault(name, (value, result.command))
+            if value != expected:
+                raise ResultError(
+                    f"results for {task_name(result)}, {dataset_name(result)} are not comparable: `{name}` is "
+                    f"{value!r} in that of `{result.command}`, but {expected!r} in that of `{command}`."
+                )
+
+
+def _conditions(result: TaskResult, any_share: bool) -> dict[str, Any]:
+    """What results must have in common beside the name of their task, by the names of fields and settings."""
+    settings, sizes = result.settings, result.split_sizes
+    found = {f"dataset.splits.{split}": fingerprint for split, fingerprint in result.dataset["splits"].items()}
+    names = ["train_split", "test_split", "num_points", "num_points_used"]
+    if not any_share:
+        names += ["steps", "batch_size_used"]
+    else:
+        sizes = {"test": sizes["test"]}
+        names.append("validation_fraction")
+        if "steps" in settings:  # else a batch is what the frozen network is given at a time
+            names += ["batch_size", "max_steps"] + ([] if settings["max_steps"] else ["epochs"])
+        if result.model["initialization"] == "pretrained":
+            found["model.weights"] = result.model["weights"]
+    found |= {f"split_sizes.{part}": size for part, size in sizes.items()}
+    return found | {f"settings.{name}": settings[name] for name in names if name in settings}
+
+
+def commands_table(results: list[TaskResult], before: Sequence[list[str]] = ()) -> str:
+    """How each result is made again: command, commit, device and time. `before` are rows of what comes first."""
+    head = ["task", "data set", "weights", "command", "commit", "device", "time"]
+    rows = [*before]
+    for result in results:
         weights = WEIGHTS_NAMES[result.model["initialization"]]
-        command = "`" + result.command.replace("|", "\\|") + "`"
-        rows.append(
-            [task_name(result), dataset_name(result), weights, command, commit, result.device, _time(result.seconds)]
-        )
+        how = reproduction(result.command, result.git_commit, result.device, result.seconds)
+        rows.append([task_name(result), dataset_name(result), weights, *how])
     return _markdown(head, rows, left=len(head))
 
 
-def task_name(result: TaskResult) -> str:
-    """The task with what makes a variant of it, from the settings."""
+def reproduction(command: str, git_commit: str | None, device: str, seconds: float) -> list[str]:
+    """Command, commit, device and time as a table shows them: of each commit 7 digits, and whether it is `-dirty`."""
+    command = "`" + command.replace("|", "\\|") + "`"
+    commit = re.sub(r"\b([0-9a-f]{7})[0-9a-f]+", r"\1", git_commit or "")
+    return [command, commit, device, _time(seconds)]
+
+
+def task_name(result: TaskResult, with_share: bool = True) -> str:
+    """The task with what makes a variant of it, from the settings; the share of the labels can be left out."""
     settings, parts = result.settings, [TASK_NAMES[result.task]]
     if result.task == "few_shot":
         parts.append(f"{settings['ways']}-way {settings['shots']}-shot")
+        if settings.get("queries", _PROTOCOL_QUERIES) != _PROTOCOL_QUERIES:
+            parts.append(f"{settings['queries']} queries")
         if "head" in settings:
             parts.append("fine-tuned")
     if result.task == "retrieval" and settings["gallery"] == "train":
@@ -96,7 +150,7 @@ def task_name(result: TaskResult) -> str:
         parts.append("class unknown")
     if "augmentation" in settings:
         parts.append(settings["augmentation"])
-    if settings.get("train_fraction", 1.0) < 1:
+    if with_share and settings.get("train_fraction", 1.0) < 1:
         parts.append(f"{100 * settings['train_fraction']:g} % of the labels")
     return ", ".join(parts)
 

@@ -44,7 +44,16 @@ from ..evaluation.classification import predict_logits, vote
 from ..evaluation.few_shot import draw_fold
 from ..evaluation.histograms import random_forest, shape_histograms
 from ..evaluation.linear_svm import accuracies
-from ..evaluation.results import TASKS, TaskResult, provenance, summarize_runs, weights_digest, write_result
+from ..evaluation.results import (
+    TASKS,
+    UNKNOWN_ORIGIN,
+    TaskResult,
+    origin,
+    provenance,
+    summarize_runs,
+    weights_digest,
+    write_result,
+)
 from ..evaluation.segmentation import class_parts, segment_clouds, segmentation_metrics
 from .arguments import parse_config_overrides
 from .checkpoints import (
@@ -69,7 +78,6 @@ from .pretraining import (
     config_fields,
     git_commit,
     step_seed,
-    versions,
 )
 from .sharding import is_spread
 from .signals import StopSignals
@@ -190,6 +198,7 @@ class FineTuner:
         self._split(*data)
         self._build_model()
         self.step, self.seconds, self.best = 0, 0.0, None
+        self.origins = [origin(self.accelerator.device)]
         self.since_log = LossMeter()
         self.stop_signals = StopSignals()
         self.checkpoint = None
@@ -296,6 +305,8 @@ class FineTuner:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.since_log = LossMeter(**state["since_log"])
+        earlier = state.get("origins", [UNKNOWN_ORIGIN])
+        self.origins = earlier + [own for own in self.origins if own not in earlier]
 
     def _check_same_run(self, name: Path, state: dict[str, Any]):
         """Raises `ValueError`, naming the argument, if a state is of a run that learned something else."""
@@ -377,6 +388,7 @@ class FineTuner:
             if stops:
                 bar.close()
                 self._exit_on_signal()
+        self.seconds = time.perf_counter() - started
         bar.close()
 
     def _train_mode(self):
@@ -476,7 +488,7 @@ class FineTuner:
                 "since_log": asdict(self.since_log),
                 "identity": self._identity(),
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "versions": versions(),
+                "origins": self.origins,
             }
             save_checkpoint(
                 self.output_dir, self.step, self.raw_model, self.raw_optimizer, state, self.output_dir / LOG
@@ -504,6 +516,7 @@ class FineTuner:
 
     def _finish(self) -> dict[str, Any]:
         """Saves the last model, measures it on the test split, and then the best one."""
+        started = time.perf_counter()
         self._save_model(self.output_dir)
         self.raw_model.eval()
         metrics = {**self.measure(self.test), **self.measure_more()}
@@ -529,6 +542,8 @@ class FineTuner:
             "trained_parameters": sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad),
             "voting": getattr(self.arguments, "voting", 0),
             "seconds": round(self.seconds, 2),
+            "seconds_of_evaluation": round(time.perf_counter() - started, 2),
+            "origins": self.origins,
             "identity": self._identity(),
         }
         replace_file(self.output_dir / _METRICS, json.dumps(record, indent=2) + "\n")
@@ -613,7 +628,6 @@ class SegmentationTuner(FineTuner):
 
 
 def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> TaskResult | None:
-    started = time.perf_counter()
     git_commit()  # the clone may move on while this runs
     output_dir = Path(arguments.output_dir)
     accelerator = _build_accelerator(arguments)
@@ -636,7 +650,7 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
     for seed in arguments.seeds:
         shapes = _fold(arguments, data, seed) if is_few_shot else data
         if is_forest:
-            runs.append(_run_forest(arguments, seed, *shapes))
+            runs.append(_run_forest(arguments, seed, *shapes) | {"origins": [origin(accelerator.device)]})
         else:
             runs.append(tuner_class(arguments, seed, shapes).run())
     accelerator.wait_for_everyone()
@@ -660,7 +674,10 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
             "num_processes": accelerator.num_processes,
         },
         chosen_on_test=arguments.choose_on_test,
-        **provenance(accelerator.device, time.perf_counter() - started),
+        **provenance(
+            [each for run in runs for each in run.get("origins", [UNKNOWN_ORIGIN])],
+            sum(run["seconds"] + run.get("seconds_of_evaluation", 0.0) for run in runs),
+        ),
     )
     write_result(result, output_dir / RESULT)
     logger.info("Models and %s are in %s.", RESULT, output_dir)
@@ -686,6 +703,7 @@ def _run_forest(
     arguments: ClassificationArguments, seed: int, train: LabelledClouds, test: LabelledClouds
 ) -> dict[str, Any]:
     """The baseline on the shapes that a network would be trained on."""
+    started = time.perf_counter()
     rows = stratified_rows(train.labels, arguments.train_fraction, seed)
     kept, held_out = validation_rows(train.labels[rows], arguments.validation_fraction, seed)
     train = train.select(rows[kept])
@@ -696,6 +714,7 @@ def _run_forest(
         "metrics": accuracies(random_forest(features[0], train.labels, features[1], seed), test.labels),
         "split_sizes": {"train": len(kept), "validation": len(held_out), "test": len(test)},
         "classes": len(train.class_names),
+        "seconds": time.perf_counter() - started,
     }
 
 

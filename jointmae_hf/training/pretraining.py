@@ -17,11 +17,9 @@ import logging
 import math
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -674,12 +672,14 @@ class PreTrainer:
 
     def _finish(self, model: JointMAEForPreTraining) -> dict[str, Any]:
         """Saves the model, evaluates it, and writes the result."""
+        from ..evaluation.results import command_line
+
         arguments, progress = self.arguments, self.progress
         save_model_folder(model, JointMAEPointCloudProcessor.from_config(self.config), self.output_dir)
         samples_per_second = progress.step * arguments.batch_size / progress.seconds
         flops_per_second = samples_per_second * self.flops
         result = {
-            "command": shlex.join(sys.argv),
+            "command": command_line(),
             "seed": arguments.seed,
             "arguments": asdict(arguments),
             "config": config_fields(self.config),
@@ -802,9 +802,20 @@ def available_cores() -> int:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of the source, where it runs from a clone: that at the first call, so one comes before the work."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
+    """
+    Commit of the source, where it runs from its clone: that at the first call, so one comes before the work. With
+    `-dirty` if code differs from it; results and documents may.
+    """
+    clone = Path(__file__).parents[2]
+    code = ("jointmae_hf", "examples", "benchmarks/*.py", ":!examples/results")
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(clone), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # A package that is installed inside some other clone is no file of that.
+        git("ls-files", "--error-unmatch", "jointmae_hf/training/pretraining.py")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("diff", "--name-only", "HEAD", "--", *code) else "")
     except (OSError, subprocess.SubprocessError):
         return None
