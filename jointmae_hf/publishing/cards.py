@@ -177,9 +177,7 @@ def _introduction(model: PreTrainedModel, name: str, repo_id: str) -> str:
     }[auto_class]
     imports = told = given = classes = ""
     if auto_class == "AutoModelForSemanticSegmentation" and config.num_object_classes > 0:
-        where = (
-            "listed in model.config.object_classes" if config.object_classes else "numbered as in the training data"
-        )
+        where = "listed in model.config.object_classes" if config.object_classes else "as in the training data"
         imports, given = "import torch\n", ", object_class=object_class"
         told = f"object_class = torch.tensor([0])  # one for each cloud, {where}\n"
         if config.object_classes:
