@@ -10,6 +10,8 @@ import argparse
 import logging
 import sys
 
+import transformers
+
 from jointmae_hf.publishing import PublishingError, publish_folder
 
 
@@ -20,7 +22,9 @@ def main():
     parser.add_argument("--private", action="store_true", help="make it private, if it is made")
     parser.add_argument("--revision", help="branch to push to (default: main)")
     arguments = parser.parse_args()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("jointmae_hf").setLevel(logging.INFO)  # not every request of the Hub's client
+    transformers.logging.set_verbosity_error()  # errors say what its reports on loading show
     try:
         print(publish_folder(arguments.folder, arguments.repo_id, arguments.private, arguments.revision))
     except PublishingError as error:

@@ -29,6 +29,7 @@ from jointmae_hf.evaluation.results import UNKNOWN_ORIGIN
 from jointmae_hf.training import finetuning
 from jointmae_hf.training.finetuning import finetune_classification, finetune_segmentation
 from jointmae_hf.training.finetuning_arguments import ClassificationArguments, SegmentationArguments
+from jointmae_hf.training.pretraining import config_fields
 
 
 CONFIG = {
@@ -160,7 +161,9 @@ def test_segmentation_learns_parts_of_clouds_of_any_size(make, tmp_path):
     assert result.metrics["instance_miou"]["mean"] >= 60
     assert {"class_miou", "instance_miou_best_on_validation"} <= result.metrics.keys()
     model = JointMAEForPartSegmentation.from_pretrained(tmp_path / "run" / "seed-0")
-    assert model.config.num_object_classes == 3 and model.config.id2label == {0: "left", 1: "right"}
+    assert model.config.object_classes == ["rod", "disc", "ball"] and model.config.num_object_classes == 3
+    assert "object_classes" not in config_fields(model.config)  # a run may be resumed that knew no names
+    assert model.config.id2label == {0: "left", 1: "right"}
 
 
 @pytest.mark.parametrize("head, layers", [("linear", 1), ("mlp", 3)])

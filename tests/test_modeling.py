@@ -738,6 +738,11 @@ def test_part_segmentation_is_told_the_object_class():
         model(points)
     with pytest.raises(ValueError, match="`object_class` holds 3, expected 0 to 2"):
         model(points, object_class=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"`object_class` has shape \(1,\), expected \(batch,\), here \(2,\)"):
+        model(points, object_class=torch.tensor([1]))
+    for wrong, came in ((1, "int"), (torch.tensor([0.0, 1.0]), "torch.float32")):
+        with pytest.raises(TypeError, match=f"`object_class` is of type {came}, expected a tensor of torch.int64"):
+            model(points, object_class=wrong)
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])
@@ -809,7 +814,8 @@ def test_an_unknown_preset_is_refused():
 
 
 def test_configuration_survives_json(tmp_path):
-    config = tiny_config(mask_ratio=0.5, alignment_radii=(0, None))
+    named = {"num_object_classes": 2, "object_classes": ("rod", "disc")}
+    config = tiny_config(mask_ratio=0.5, alignment_radii=(0, None), **named)
     config.save_pretrained(tmp_path)
     loaded = JointMAEConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() | {"transformers_version": None} == config.to_dict() | {"transformers_version": None}
@@ -864,6 +870,7 @@ def test_configuration_survives_json(tmp_path):
         ("classifier_hidden_size", 0, "a positive integer"),
         ("classifier_num_layers", 0, "a positive integer"),
         ("num_object_classes", -1, "0 or more"),
+        ("object_classes", ["body"], r"one name for each of `num_object_classes` \(0\)"),
     ],
 )
 def test_wrong_configurations_name_the_field(field, value, expected):

@@ -1,6 +1,7 @@
 """Tables and cards say what the result files say, and a folder that is pushed comes back the same."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from jointmae_hf import (
     JointMAEConfig,
+    JointMAEForPartSegmentation,
     JointMAEForPointCloudClassification,
     JointMAEForPreTraining,
     JointMAEPointCloudProcessor,
@@ -101,6 +103,17 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def digest(trained) -> str:
     return weights_digest(JointMAEForPreTraining.from_pretrained(trained).joint_mae)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> Path:
+    """The folder of a released segmentation head."""
+    source = tmp_path_factory.mktemp("tuned")
+    config = JointMAEConfig(**CONFIG, num_labels=3, num_object_classes=2, object_classes=["rod", "disc"])
+    JointMAEForPartSegmentation(config).save_pretrained(source)
+    JointMAEPointCloudProcessor.from_config(config, num_points=50).save_pretrained(source)
+    options = {"repo_id": "org/head", "license": "mit", "results": []}
+    return build_model_folder(source, source.parent / "head", **options)
 
 
 def test_a_table_sets_results_side_by_side():
@@ -239,8 +252,8 @@ def test_a_card_is_made_of_its_results(trained, digest, tmp_path):
         "99.0 (chosen on test)",
         "28,800",
         "None known.",
-        "(reconstructions.png)",
-        "(losses.png)",
+        "and what it reconstructed](reconstructions.png)",
+        "[Every loss of the training against its steps, on a logarithmic axis](losses.png)",
         "--seeds 0 1`",
     ):
         assert expected in card.text
@@ -267,6 +280,17 @@ def test_a_card_counts_the_samples_and_the_time_of_all_runs_of_training(trained,
     ):
         assert expected in text
     assert text.count(f"| versions | python {run['versions']['python']}") == 1
+
+
+def test_the_code_on_a_card_runs_as_it_stands_and_the_card_names_the_classes(head, tmp_path):
+    text = (head / "README.md").read_text()
+    assert "Object classes: 0 rod, 1 disc." in text
+    np.savetxt(tmp_path / "part.xyz", np.random.default_rng(0).normal(size=(100, 3)))
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace("org/head", str(head)).replace("part.stl", str(tmp_path / "part.xyz"))
+    names = {}
+    exec(code, names)
+    assert names["outputs"].logits.shape == (1, 50, 3)
 
 
 def test_a_card_refuses_numbers_of_other_weights(trained, digest, tmp_path):
@@ -315,6 +339,58 @@ def test_a_folder_that_is_no_repository_is_refused(trained, tmp_path):
         build_model_folder(trained, tmp_path / "tiny", training=[folder / "config.json"], **options)
 
 
+def replace(old: str, new: str):
+    return lambda data: data.replace(old.encode(), new.encode())
+
+
+@pytest.mark.parametrize(
+    "file, change, expected",
+    [
+        ("README.md", replace("license: mit", "license: [mit"), "README.md cannot be read: ParserError"),
+        ("config.json", lambda data: data[:50], "config.json cannot be read: JSONDecodeError"),
+        ("config.json", lambda data: b"[]", "config.json holds no settings, but list"),
+        (
+            "config.json",
+            replace('"JointMAEForPartSegmentation"\n', ""),
+            r"`architectures` is \[\] in .*, expected one of",
+        ),
+        (
+            "config.json",
+            replace('"JointMAEForPartSegmentation"', '"BertModel"'),
+            r"`architectures` is \['BertModel'\]",
+        ),
+        (
+            "config.json",
+            replace("AutoModelForSem", "AutoModelForNo"),
+            "names no AutoModelForSemanticSegmentation in its",
+        ),
+        ("config.json", replace('"modeling', '"you/other--modeling'), "gives 'you/other--model.* no code of its own"),
+        ("preprocessor_config.json", lambda data: data[:50], "cannot be used by the package: OSError"),
+        ("preprocessor_config.json", replace("4\n", "3\n"), r"`num_neighbors` is \[8, 3\] in .*, expected \[8, 4\]"),
+        ("model.safetensors", lambda data: data[: len(data) // 2], "cannot be used by the package: SafetensorError"),
+        (
+            "config.json",
+            replace('er_hidden_size": 16', 'er_hidden_size": 20'),
+            r"`.*` has shape .*, but its config.json",
+        ),
+        ("modeling_joint_mae.py", replace("(hidden)\n", "(missing)\n"), "by its own code: NameError"),
+        ("modeling_joint_mae.py", replace("self.out_proj(hidden)", "self.out_proj(-hidden)"), "computes other values"),
+        ("geometry_joint_mae.py", lambda data: data + b"def (", "by its own code: SyntaxError"),
+    ],
+)
+def test_a_broken_folder_is_refused_with_the_reason(head, tmp_path, file, change, expected):
+    folder = Path(shutil.copytree(head, tmp_path / "head"))
+    (folder / file).write_bytes(change((folder / file).read_bytes()))
+    with pytest.raises(PublishingError, match=expected):
+        check_model_folder(folder)
+
+
+def test_a_card_that_loads_from_elsewhere_is_refused(head):
+    check_model_folder(head, "org/head")
+    with pytest.raises(PublishingError, match="loads a model from org/head, expected me/head: .* --repo_id me/head"):
+        check_model_folder(head, "me/head")
+
+
 # ---- The released models
 
 
@@ -352,7 +428,9 @@ def test_the_released_results_are_of_the_released_weights():
 
 
 def client_publish(folder: str) -> dict:
-    """Pushes by the example over an older release, then twice with something wrong on the way."""
+    """Pushes by the example over an older release, then with something wrong on the way."""
+    import logging
+    import os
     import runpy
 
     import jointmae_hf
@@ -360,25 +438,36 @@ def client_publish(folder: str) -> dict:
 
     hub.HfApi().create_repo("org/tiny")
     hub.HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="old.png", repo_id="org/tiny")
+    example = str(Path(jointmae_hf.__file__).parents[1] / "examples" / "publish.py")
     sys.argv = ["publish.py", folder, "org/tiny"]
-    runpy.run_path(str(Path(jointmae_hf.__file__).parents[1] / "examples" / "publish.py"), run_name="__main__")
-    seen = {}
-    config = Path(folder) / "config.json"
-    text = config.read_text()
-    config.write_text(text.replace('"auto_map"', '"no_auto_map"'))
-    try:
-        hub.publish_folder(folder, "org/without-code")
-    except Exception as error:
-        seen["without code"] = str(error)
-    config.write_text(text)
+    runpy.run_path(example, run_name="__main__")
+    loggers = ("httpx", "httpx2", "transformers", "jointmae_hf")
+    seen = {"levels": [logging.getLogger(name).getEffectiveLevel() for name in loggers]}
+    card, config = Path(folder) / "README.md", Path(folder) / "config.json"
+    based, text = card.read_text(), config.read_text()
     revision = hub.HfApi().list_repo_commits("org/tiny")[0].commit_id
+    config.write_text(text.replace('"auto_map"', '"no_auto_map"'))
+    seen["without code"] = refusal(hub.publish_folder, folder, "org/tiny")
+    config.write_text(text)
+    card.write_text(based.replace("license:", "base_model: org/nowhere\nlicense:"))
+    seen["base model"] = refusal(hub.publish_folder, folder, "org/tiny")
+    card.write_text(based)
+    seen["no branch"] = refusal(hub.publish_folder, folder, "org/tiny", revision="nowhere")
+    token, os.environ["HF_TOKEN"] = os.environ["HF_TOKEN"], "unknown"
+    seen["no login"] = refusal(runpy.run_path, example, run_name="__main__")
+    os.environ["HF_TOKEN"] = token
+    seen["untouched"] = hub.HfApi().list_repo_commits("org/tiny")[0].commit_id == revision
     config.write_text(text + "\n")
-    try:
-        hub.verify_published(folder, "org/tiny", revision)
-    except hub.PublishingError as error:
-        seen["altered"] = str(error)
+    seen["altered"] = refusal(hub.verify_published, folder, "org/tiny", revision)
     config.write_text(text)
     return seen
+
+
+def refusal(function, *arguments, **options) -> str:
+    """What `function` refuses with."""
+    with pytest.raises((PublishingError, SystemExit)) as error:
+        function(*arguments, **options)
+    return str(error.value)
 
 
 def test_a_folder_is_pushed_and_verified(trained, digest, tmp_path):
@@ -391,5 +480,9 @@ def test_a_folder_is_pushed_and_verified(trained, digest, tmp_path):
         pushed = hub.files("org/tiny")
     assert {name: data for name, data in pushed.items() if name != ".gitattributes"} == files
     assert json.loads(pushed["config.json"])["architectures"] == ["JointMAEForPreTraining"]
-    assert "auto_map" in seen["without code"]
+    assert seen["levels"] == [30, 30, 40, 20]
+    assert "auto_map" in seen["without code"] and seen["untouched"]
+    assert "`base_model` is 'org/nowhere'" in seen["base model"]
+    assert "no such repository or branch" in seen["no branch"]
+    assert seen["no login"].startswith("error: org/tiny on the Hub: ") and "hf auth login" in seen["no login"]
     assert "config.json in org/tiny is not the one in" in seen["altered"]

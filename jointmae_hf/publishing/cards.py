@@ -14,22 +14,22 @@ from transformers import PreTrainedModel
 
 from ..evaluation.results import TASKS, ResultError, TaskResult, weights_digest
 from .curves import draw_losses
-from .hub import MODEL_FILES, PICTURES, PublishingError, load_model
+from .hub import AUTO_CLASSES, MODEL_FILES, PICTURES, PublishingError, load_model
 from .tables import METRIC_NAMES, TASK_NAMES, commands_table, dataset_name, reproduction, results_table, task_name
 
 
 _TASK_TYPES = {"retrieval": "point-cloud-retrieval", "part_segmentation": "point-cloud-segmentation"}
-_AUTO_CLASSES = {
-    "JointMAEForPreTraining": "AutoModel",
-    "JointMAEModel": "AutoModel",
-    "JointMAEForPointCloudClassification": "AutoModelForImageClassification",
-    "JointMAEForPartSegmentation": "AutoModelForSemanticSegmentation",
-}
 _KINDS = {
     "JointMAEForPreTraining": "Joint-MAE, pre-trained on point clouds without labels",
     "JointMAEModel": "The encoder of a pre-trained Joint-MAE",
     "JointMAEForPointCloudClassification": "Joint-MAE, fine-tuned to classify point clouds",
     "JointMAEForPartSegmentation": "Joint-MAE, fine-tuned to label the parts of point clouds",
+}
+# What pictures show, for those who cannot see them.
+_CAPTIONS = {
+    "losses.png": "Every loss of the training against its steps, on a logarithmic axis",
+    "reconstructions.png": "Held-out shapes, one a row: points and depth image, what of them the model saw, and what "
+    "it reconstructed",
 }
 
 _TEXT = """# {name}
@@ -44,12 +44,12 @@ width {hidden_size}. Weights are safetensors.
 name = "{repo_id}"
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 model = {auto_class}.from_pretrained(name, trust_remote_code=True).eval()
-# points: (n, 3), or a mesh file; {output}
-outputs = model(**processor(points){told})
+points = "part.stl"  # or an array (n, 3), or a list of them
+{told}outputs = model(**processor(points){given})  # {output}
 ```
 
 With `import jointmae_hf` the same calls need no `trust_remote_code`.
-"""
+{classes}"""
 
 
 def build_model_folder(source: str | Path, output: str | Path, half: bool = False, **card: Any) -> Path:
@@ -152,7 +152,8 @@ def model_card(
     if unrounded is not None:
         when = "before that" if any(_weights(result) & before for result in own) else "after that"
         parts.append(f"Weights are rounded to float16 and loaded as float32; results were measured {when}.\n")
-    parts += [f"![{file.stem.replace('_', ' ')}]({file.name})\n" for file in sorted(folder.glob(PICTURES))]
+    pictures = sorted(folder.glob(PICTURES))
+    parts += [f"![{_CAPTIONS.get(file.name, file.stem.replace('_', ' '))}]({file.name})\n" for file in pictures]
     if results:
         parts.append(_results_section(results))
     stages = [_read_training(Path(file)) for file in training]
@@ -168,21 +169,30 @@ def model_card(
 
 def _introduction(model: PreTrainedModel, name: str, repo_id: str) -> str:
     config, kind = model.config, type(model).__name__
+    auto_class = AUTO_CLASSES[kind][0]
     encoder = sum(
         parameter.numel()
         for key, parameter in model.base_model.named_parameters()
         if not key.startswith("image_embeddings.")
     )
-    output = "`outputs.logits`"
-    if _AUTO_CLASSES[kind] == "AutoModel":
-        output = f"`outputs.pooler_output`: (1, {config.pooled_size})"
-    imports = told = ""
-    if _AUTO_CLASSES[kind] == "AutoModelForSemanticSegmentation" and config.num_object_classes > 0:
-        # The names of these classes are in the data, not in the model.
-        imports, told = "import torch\n", ", object_class=torch.tensor([0])"
+    output = {
+        "AutoModel": f"outputs.pooler_output: (1, {config.pooled_size})",
+        "AutoModelForImageClassification": f"outputs.logits: (1, {config.num_labels})",
+        "AutoModelForSemanticSegmentation": f"outputs.logits: (1, points, {config.num_labels})",
+    }[auto_class]
+    imports = told = given = classes = ""
+    if auto_class == "AutoModelForSemanticSegmentation" and config.num_object_classes > 0:
+        where = "listed in model.config.object_classes" if config.object_classes else "as in the training data"
+        imports, given = "import torch\n", ", object_class=object_class"
+        told = f"object_class = torch.tensor([0])  # one for each cloud, {where}\n"
+        if config.object_classes:
+            listed = ", ".join(f"{index} {name}" for index, name in enumerate(config.object_classes))
+            classes = f"\nObject classes: {listed}.\n"
     return _TEXT.format(
         imports=imports,
         told=told,
+        given=given,
+        classes=classes,
         name=name,
         kind=_KINDS[kind],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -190,7 +200,7 @@ def _introduction(model: PreTrainedModel, name: str, repo_id: str) -> str:
         num_points=config.num_points,
         num_tokens=config.num_centers[-1],
         hidden_size=config.hidden_size,
-        auto_class=_AUTO_CLASSES[kind],
+        auto_class=auto_class,
         repo_id=repo_id,
         output=output,
     )

@@ -611,9 +611,10 @@ class SegmentationTuner(FineTuner):
 
     def build_config(self) -> JointMAEConfig:
         names = dict(enumerate(self.all_train.part_names))
-        classes = len(self.all_train.class_names) if self.arguments.use_object_class else 0
         label2id = {name: i for i, name in names.items()}
-        return self._base_config(id2label=names, label2id=label2id, num_object_classes=classes)
+        classes = self.all_train.class_names if self.arguments.use_object_class else None
+        told = {"num_object_classes": len(classes or []), "object_classes": classes}
+        return self._base_config(id2label=names, label2id=label2id, **told)
 
     def build_collator(self) -> LabelledCollator:
         told = self.arguments.use_object_class

@@ -766,8 +766,8 @@ def remove_earlier_run(output_dir: Path):
 
 
 def config_fields(config: JointMAEConfig) -> dict[str, Any]:
-    """The fields that Joint-MAE adds to a configuration, as JSON has them."""
-    names = {f.name for f in fields(JointMAEConfig)} - {f.name for f in fields(PreTrainedConfig)}
+    """The fields that Joint-MAE adds to a configuration, as JSON has them; names of classes decide nothing."""
+    names = {f.name for f in fields(JointMAEConfig)} - {f.name for f in fields(PreTrainedConfig)} - {"object_classes"}
     return loads(dumps({name: getattr(config, name) for name in sorted(names)}))
 
 

@@ -35,6 +35,7 @@ _LISTS = (
     "image_embed_sizes",
     "alignment_radii",
     "pooling_layers",
+    "object_classes",
 )
 
 
@@ -116,6 +117,7 @@ class JointMAEConfig(PreTrainedConfig):
         classifier_num_layers (`int`, defaults to 3): Layers of the classification head [relative]; 1 is a linear one.
         num_object_classes (`int`, defaults to 0):
             Object classes that part segmentation is told; 0 when it is told none.
+        object_classes (`list[str]`, *optional*): Their names, in the order of the integers.
 
     Example:
 
@@ -177,6 +179,7 @@ class JointMAEConfig(PreTrainedConfig):
     classifier_dropout: float | int = 0.5
     classifier_num_layers: int = 3
     num_object_classes: int = 0
+    object_classes: list[str] | tuple[str, ...] | None = None
 
     def __post_init__(self, **kwargs):
         for name in _LISTS:  # JSON knows no tuples: the same configuration before and after saving
@@ -271,6 +274,9 @@ class JointMAEConfig(PreTrainedConfig):
         self._require(
             "pooling_layers", valid, f"None or a list of blocks, 1 to `num_hidden_layers` ({self.num_hidden_layers})"
         )
+        named = self.object_classes is None or len(self.object_classes) == self.num_object_classes
+        names = f"None or one name for each of `num_object_classes` ({self.num_object_classes})"
+        self._require("object_classes", named, names)
         self._validate_scales()
 
     def _validate_scales(self):

@@ -1127,21 +1127,20 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
                 Clouds, centred and scaled to the unit sphere.
             point_mask (`torch.BoolTensor` of shape `(batch, num_points)`, *optional*): False marks padding.
             object_class (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                Class of the object, if `config.num_object_classes` is not 0.
+                Class of the object, if `config.num_object_classes` is not 0; `config.object_classes` may name them.
             labels (`torch.LongTensor` of shape `(batch, num_points)`, *optional*): Parts; -100 is ignored.
             encoder_outputs (`JointMAEModelOutput`, *optional*): What the encoder made of these clouds, if it is known.
+
+        Raises:
+            TypeError: if `object_class` is no tensor of integers.
+            ValueError: if `object_class` is missing, its shape is wrong, or a class or part is out of range.
         """
         outputs = encoder_outputs
         if outputs is None:
             outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
         whole = outputs.pooler_output
         if self.config.num_object_classes > 0:
-            if object_class is None:
-                raise ValueError(
-                    "`object_class` is missing; the configuration expects one of "
-                    f"{self.config.num_object_classes} classes for each cloud (`num_object_classes`)."
-                )
-            check_labels(object_class, self.config.num_object_classes, "object_class")
+            self._check_object_class(object_class, point_values.shape[0])
             one_hot = nn.functional.one_hot(object_class, self.config.num_object_classes)
             whole = torch.cat([whole, one_hot.to(whole.dtype)], dim=-1)
         logits = self.segmenter(
@@ -1162,6 +1161,22 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
         return JointMAEHeadOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _check_object_class(self, object_class: torch.LongTensor | None, batch_size: int):
+        num_classes = self.config.num_object_classes
+        if object_class is None:
+            raise ValueError(
+                "`object_class` is missing; the configuration expects one of "
+                f"{num_classes} classes for each cloud (`num_object_classes`)."
+            )
+        if getattr(object_class, "dtype", None) != torch.int64:
+            came = getattr(object_class, "dtype", type(object_class).__name__)
+            raise TypeError(f"`object_class` is of type {came}, expected a tensor of torch.int64, shape (batch,).")
+        if object_class.shape != (batch_size,):
+            raise ValueError(
+                f"`object_class` has shape {tuple(object_class.shape)}, expected (batch,), here ({batch_size},)."
+            )
+        check_labels(object_class, num_classes, "object_class")
 
 
 def check_labels(labels: torch.Tensor, num_labels: int, name: str = "labels"):
