@@ -31,7 +31,7 @@ STEPS = {"classification": 800, "part_segmentation": 600}
 RECIPE = ("--validation_fraction", "0", "--mixed_precision", "bf16", "--scale_min", "0.8", "--scale_max", "1.25")
 
 
-def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]]:
+def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]:
     """Task, name of the result, and command without data and output, of everything there is to run."""
     pretrained = ["--model_name_or_path", model]
     untrained, forest = [*pretrained, "--untrained"], ["--baseline", "random_forest"]
@@ -40,9 +40,10 @@ def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]
     for fraction, share in shares.items():
         for kind, source in frozen:
             yield "linear_svm", f"{kind}-{fraction:g}", ["linear_svm.py", *source, *share, *SEEDS]
+    queries = ["--queries", "10"] if is_kicad else []  # too few classes of KiCad parts have 20 test shapes
     for ways in ("5", "10"):
         for shots in ("10", "20"):
-            sizes = ["--ways", ways, "--shots", shots, "--queries", "10"]
+            sizes = ["--ways", ways, "--shots", shots, *queries]
             for kind, source in frozen:
                 yield "few_shot", f"{kind}-{ways}-{shots}", ["few_shot.py", *source, *sizes]
     for kind, source in frozen[:2]:
@@ -53,7 +54,7 @@ def commands(model: str, has_parts: bool) -> Iterator[tuple[str, str, list[str]]
         for kind, source in tuned:
             command = ["finetune_classification.py", *source, *share, *length["classification"]]
             yield "classification", f"{kind}-{fraction:g}", command
-    for kind, source in tuned if has_parts else ():
+    for kind, source in tuned if is_kicad else ():  # the set that has parts
         yield "part_segmentation", kind, ["finetune_segmentation.py", *source, *length["part_segmentation"]]
 
 
@@ -85,7 +86,7 @@ def main():
     data = make_table(options.data) if options.data is not None and options.data.suffix == ".npz" else options.data
     dataset = [] if data is None else ["--dataset", str(data)]
     options.output.mkdir(parents=True, exist_ok=True)
-    for task, name, (script, *arguments) in commands(options.model, has_parts=data is None):
+    for task, name, (script, *arguments) in commands(options.model, is_kicad=data is None):
         result = options.output / f"{task}-{name}.json"
         if task not in options.tasks or options.only not in result.name or result.exists():
             continue
