@@ -301,8 +301,7 @@ class PreTrainer:
         num_points = self.config.num_points * (2 if collator.compares_views else 1)
         with self.accelerator.main_process_first():
             sources = open_sources(list(weights), num_points, arguments.seed, arguments.split, arguments.points_column)
-        deferred = self.on_gpu and not collator.compares_views
-        self.data = MixedBatches(sources, weights, collator, deferred=deferred, **self.layout)
+        self.data = MixedBatches(sources, weights, collator, deferred=self.on_gpu, **self.layout)
         self.fingerprint = self.data.fingerprint()
 
     def _load_stream(self, collator: PreTrainingCollator):
