@@ -27,8 +27,9 @@ from jointmae_hf.training.threads import ReplicaThreads
 
 
 SHEET_SIDE, SHEET_POINTS = 8, 8192
-# Shapes made at a time, and points of each; the first of the right number of points is how pre-training makes them.
-SIZES = {"cpu": [(64, 1024), (256, 1024), (64, 2048)], "cuda": [(512, 1024), (512, 2048), (2048, 2048)]}
+# Shapes made at a time, and points of each; the first of the right number of points is how pre-training makes them,
+# and the first of twice as many how it does for two views.
+SIZES = {"cpu": [(64, 1024), (256, 1024), (64, 2048)], "cuda": [(512, 1024), (512, 2048), (2048, 2048), (512, 4096)]}
 STEP = {"cpu": ("tiny", 16), "cuda": ("base", 512)}
 
 

@@ -28,9 +28,9 @@ from jointmae_hf.data.procedural import procedural_clouds
 NUM_POINTS = 64
 
 
-def collator(seed=3, augmentation=None) -> PreTrainingCollator:
+def collator(seed=3, augmentation=None, agreement=0.0) -> PreTrainingCollator:
     config = JointMAEConfig.from_preset("tiny")
-    config.num_points = NUM_POINTS
+    config.num_points, config.agreement_loss_weight = NUM_POINTS, agreement
     return PreTrainingCollator(config, augmentation or Augmentation((1.0, 1.0), 0.0), seed)
 
 
@@ -118,17 +118,19 @@ def test_batches_made_in_one_go_are_those_made_one_by_one():
         assert all(torch.equal(batch[name], tensor) for name, tensor in batches[number][0].items())
 
 
+@pytest.mark.parametrize("agreement", [0.0, 1.0])
 @pytest.mark.parametrize("weights", [{"procedural": 0.7, "table": 0.3}, {"procedural": 1}, {"table": 1}])
-def test_shapes_that_are_made_later_give_the_same_batches(weights):
-    sources = {"procedural": ProceduralClouds(NUM_POINTS, 3), "table": ShuffledClouds(table(30, 50), 3, 1)}
+def test_shapes_that_are_made_later_give_the_same_batches(weights, agreement):
+    num_points = NUM_POINTS * (2 if agreement else 1)
+    sources = {"procedural": ProceduralClouds(num_points, 3), "table": ShuffledClouds(table(30, 50), 3, 1)}
     sources = {name: sources[name] for name in weights}
-    augmented = collator(augmentation=Augmentation((0.5, 1.5), 0.3, "so3", max_tilt=20, max_jitter=0.05))
+    augmented = collator(augmentation=Augmentation((0.5, 1.5), 0.3, "so3", 20, 0.05), agreement=agreement)
     now, later = (MixedBatches(sources, weights, augmented, batch_size=8, deferred=d) for d in (False, True))
     loader = DataLoader(later, batch_sampler=[[0, 1], [2]], collate_fn=list, num_workers=1)
     for number, (batch, _) in enumerate(chain.from_iterable(loader)):
         batch = finish_batch(batch, torch.device("cpu"))
         wanted = now[number][0]
-        assert batch.keys() == wanted.keys()
+        assert batch.keys() == wanted.keys() and ("second_point_values" in batch) == (agreement > 0)
         for name in wanted:
             torch.testing.assert_close(batch[name], wanted[name], atol=1e-5, rtol=0)
 

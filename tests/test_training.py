@@ -444,14 +444,17 @@ def test_a_mixture_with_averaged_weights_is_resumed_exactly(make, dataset):
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory'")
-def test_batches_made_as_for_a_gpu_train_as_any_other(make, dataset):
+@pytest.mark.parametrize("agrees", [False, True])
+def test_batches_made_as_for_a_gpu_train_as_any_other(make, dataset, agrees):
     common = {"train_data": f"procedural:0.7,{dataset}:0.3", "max_steps": 5}
+    common |= {"config_overrides": AGREEING_CONFIG} if agrees else {}
     pretrain(make("plain", **common))
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = PreTrainer(make("ahead", **common, num_workers=1))
     trainer.on_gpu = trainer.data.deferred = True
     trainer.run()
-    assert_close_run(make("ahead").output_dir, make("plain").output_dir)
+    # As with threads, rounding alone moves a few biases.
+    assert_close_run(make("ahead").output_dir, make("plain").output_dir, atol=1e-4 if agrees else 1e-5)
 
 
 def test_procedural_shapes_alone_need_no_data_set(make):

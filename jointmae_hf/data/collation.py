@@ -27,6 +27,8 @@ from .augmentation import (
 from .loading import PointClouds, clouds_from_arrow
 
 
+# The inputs of the model that views of the samples become.
+VIEW_NAMES = ("point_values", "second_point_values")
 # Rows that a stream is read by when it is not shuffled: enough to make the cost of a read small.
 _READ_ROWS = 256
 
@@ -66,19 +68,19 @@ class PreTrainingCollator:
             it compares views.
         """
         views, batch = self.draw(clouds, keys)
-        for name, view in zip(("point_values", "second_point_values"), views, strict=False):
+        for name, view in zip(VIEW_NAMES, views, strict=False):
             points = apply_affine(normalize_clouds(view.points), view.matrix, view.shift)
             batch[name] = torch.from_numpy(points if view.jitter is None else points + view.jitter)
         return batch
 
     def draw(
-        self, clouds: Sequence[np.ndarray | None], keys: Sequence[tuple[int, int]]
+        self, clouds: Sequence[np.ndarray], keys: Sequence[tuple[int, int]]
     ) -> tuple[list["View"], dict[str, torch.Tensor]]:
         """
         All that is random, before the clouds are normalised and augmented.
 
         Args:
-            clouds: as above; `None` where a cloud of `num_points` is made later.
+            clouds: as above; where a cloud is made later, the numbers of its points instead, int32 `(n,)`.
             keys: (epoch, index) of each sample.
 
         Returns:
@@ -86,7 +88,7 @@ class PreTrainingCollator:
             than points.
         """
         size = len(clouds)
-        num_present = sum(cloud is not None for cloud in clouds)
+        num_present = sum(cloud.ndim == 2 for cloud in clouds)
         views = [
             View(size, num_present, self.num_points, self.augmentation) for _ in range(2 if self.compares_views else 1)
         ]
@@ -118,23 +120,28 @@ class View:
 
     Attributes:
         points: float32 `(present, num_points, 3)`, of the samples whose cloud there is, in their order.
+        numbers: int32 `(batch - present, num_points)`, of the samples whose cloud is made later: which points of it.
         matrix, shift: `(batch, 3, 3)` and `(batch, 3)`, of all samples.
         jitter: float32 `(batch, num_points, 3)`, of all samples, or `None` if the augmentation has none.
     """
 
     def __init__(self, size: int, num_present: int, num_points: int, augmentation: Augmentation):
         self.points = np.empty((num_present, num_points, 3), dtype=np.float32)
+        self.numbers = np.empty((size - num_present, num_points), dtype=np.int32)
         self.matrix, self.shift = np.empty((size, 3, 3)), np.empty((size, 3))
         self.jitter = np.empty((size, num_points, 3), dtype=np.float32) if augmentation.max_jitter > 0 else None
         self._augmentation = augmentation
         self._filled = 0
 
-    def draw(self, row: int, cloud: np.ndarray | None, generator: np.random.Generator):
+    def draw(self, row: int, cloud: np.ndarray, generator: np.random.Generator):
         """Draws what is random for a sample. Samples come in order."""
         num_points = self.points.shape[1]
-        if cloud is not None:
-            self.points[self._filled] = cloud[subsample(generator, len(cloud), num_points)]
+        taken = cloud[subsample(generator, len(cloud), num_points)]
+        if cloud.ndim == 2:
+            self.points[self._filled] = taken
             self._filled += 1
+        else:
+            self.numbers[row - self._filled] = taken
         self.matrix[row], self.shift[row] = self._augmentation.draw(generator)
         if self.jitter is not None:
             self.jitter[row] = self._augmentation.draw_jitter(generator, num_points)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augmentation import ORDER, counter_generator, normalize_clouds
-from .collation import PreTrainingCollator, split_batch
+from .collation import VIEW_NAMES, PreTrainingCollator, split_batch
 from .loading import PointClouds, check_column, load_point_clouds, load_point_dataset
 from .procedural import finish_clouds, procedural_clouds, surface_points
 from .procedural_recipes import RECIPE, VERSION, draw_recipes
@@ -150,20 +150,22 @@ class MixedBatches(Dataset):
         """How many batches are best made in one go."""
         return max(1, _SHAPES_AT_ONCE // self.part_size)
 
-    def __getitem__(self, number: int) -> tuple[dict[str, torch.Tensor], None]:
+    def __getitem__(self, number: int) -> tuple[dict[str, Any], None]:
         return self.__getitems__([number])[0]
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[dict[str, torch.Tensor], None]]:
+    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[dict[str, Any], None]]:
         samples = np.concatenate([self.samples(number) for number in numbers])
         source, place = self.locate(samples)
         clouds: list[Any] = [None] * len(samples)
         recipes = np.empty(len(samples), dtype=RECIPE)
         for which in np.unique(source):
-            rows = np.flatnonzero(source == which)
-            if self.deferred and isinstance(self.sources[which], ProceduralClouds):
-                recipes[rows] = draw_recipes(place[rows], self.sources[which].seed)
-                continue
-            for row, cloud in zip(rows, self.sources[which].take(place[rows]), strict=True):
+            rows, clouds_of = np.flatnonzero(source == which), self.sources[which]
+            if self.deferred and isinstance(clouds_of, ProceduralClouds):
+                recipes[rows] = draw_recipes(place[rows], clouds_of.seed)
+                taken = [np.arange(clouds_of.num_points, dtype=np.int32)] * len(rows)
+            else:
+                taken = clouds_of.take(place[rows])
+            for row, cloud in zip(rows, taken, strict=True):
                 clouds[row] = cloud
         keys = [(0, int(sample)) for sample in samples]
         parts = [slice(i, i + self.part_size) for i in range(0, len(samples), self.part_size)]
@@ -171,15 +173,18 @@ class MixedBatches(Dataset):
         return [(make(clouds[part], keys[part], recipes[part]), None) for part in parts]
 
     def _deferred_batch(
-        self, clouds: list[Any], keys: list[tuple[int, int]], recipes: np.ndarray
-    ) -> dict[str, torch.Tensor]:
-        (view,), batch = self.collator.draw(clouds, keys)
-        missing = np.array([cloud is None for cloud in clouds])
-        batch |= {"clouds": torch.from_numpy(normalize_clouds(view.points)), "is_recipe": torch.from_numpy(missing)}
-        batch |= {"matrix": torch.from_numpy(view.matrix).float(), "shift": torch.from_numpy(view.shift).float()}
-        if view.jitter is not None:
-            batch["jitter"] = torch.from_numpy(view.jitter)
-        batch["recipes"] = torch.from_numpy(recipes[missing].view(np.uint8))
+        self, clouds: list[np.ndarray], keys: list[tuple[int, int]], recipes: np.ndarray
+    ) -> dict[str, Any]:
+        views, inputs = self.collator.draw(clouds, keys)
+        is_recipe = np.array([cloud.ndim == 1 for cloud in clouds])
+        batch = {"inputs": inputs, "is_recipe": torch.from_numpy(is_recipe), "views": []}
+        batch["recipes"] = torch.from_numpy(recipes[is_recipe].view(np.uint8))
+        for view in views:
+            arrays = {"points": normalize_clouds(view.points), "numbers": view.numbers}
+            arrays |= {"matrix": view.matrix.astype(np.float32), "shift": view.shift.astype(np.float32)}
+            if view.jitter is not None:
+                arrays["jitter"] = view.jitter
+            batch["views"].append({name: torch.from_numpy(array) for name, array in arrays.items()})
         return batch
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -188,19 +193,26 @@ class MixedBatches(Dataset):
         return [{"share": share / BLOCK, **source.fingerprint()} for source, share in sources]
 
 
-def finish_batch(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """Makes the procedural shapes of a deferred batch on a device, and the inputs of the model from them."""
+
+    def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
     recipes = batch["recipes"].numpy().view(RECIPE)
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "recipes"}
-    clouds, is_recipe, matrix, shift = (batch.pop(name) for name in ("clouds", "is_recipe", "matrix", "shift"))
-    points = clouds.new_empty(len(is_recipe), *clouds.shape[1:])
-    points[~is_recipe] = clouds
-    points[is_recipe] = finish_clouds(recipes, surface_points(recipes, points.shape[1], device))
-    # Not as a matrix product, which might be rounded to less than float32.
-    batch["point_values"] = (points[:, :, None] * matrix[:, None]).sum(3).add_(shift[:, None])
-    if "jitter" in batch:
-        batch["point_values"] += batch.pop("jitter")
-    return batch
+    # What the views take: fewer points of a shape are the beginning of more.
+    num_points = 1 + max(int(view["numbers"].numpy().max(initial=0)) for view in batch["views"])
+    surfaces = surface_points(recipes, num_points, device)  # (3, shapes, points)
+    inputs, is_recipe = moved(batch["inputs"]), batch["is_recipe"].to(device)
+    for name, view in zip(VIEW_NAMES, map(moved, batch["views"]), strict=False):
+        points = view["points"].new_empty(len(is_recipe), *view["points"].shape[1:])
+        points[~is_recipe] = view["points"]
+        points[is_recipe] = finish_clouds(recipes, surfaces.gather(2, view["numbers"].long().expand(3, -1, -1)))
+        # Not as a matrix product, which might be rounded to less than float32.
+        inputs[name] = (points[:, :, None] * view["matrix"][:, None]).sum(3).add_(view["shift"][:, None])
+        if "jitter" in view:
+            inputs[name] += view["jitter"]
+    return inputs
 
 
 def parse_mixture(text: str) -> dict[str, float]:

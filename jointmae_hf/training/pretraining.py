@@ -305,8 +305,7 @@ class PreTrainer:
         with self.accelerator.main_process_first():
             chosen = (arguments.split, arguments.points_column, arguments.dataset_config_name)
             sources = open_sources(list(weights), num_points, arguments.seed, *chosen)
-        deferred = self.on_gpu and not collator.compares_views
-        self.data = MixedBatches(sources, weights, collator, deferred=deferred, **self.layout)
+        self.data = MixedBatches(sources, weights, collator, deferred=self.on_gpu, **self.layout)
         self.fingerprint = self.data.fingerprint()
 
     def _load_stream(self, collator: PreTrainingCollator):
