@@ -6,8 +6,8 @@
 
 Runs the commands of `examples/` one after the other and leaves a result file of each in OUTPUT; what is there already
 is not repeated, and what fine-tuning was stopped in goes on. Frozen features stand beside those of the same network
-untrained and a random forest on shape histograms, fine-tuning beside training from scratch with the same steps and, where
-whole shapes are classified, that forest.
+untrained and a random forest on shape histograms, fine-tuning beside training from scratch with the same steps and,
+where whole shapes are classified, that forest.
 
 Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 800 steps (600 for parts) of
 32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share.
