@@ -263,6 +263,14 @@ def test_clouds_of_any_size_are_segmented_whole(dataset):
     assert np.array_equal(np.stack(found), logits.argmax(-1).numpy())
 
 
+def test_a_frozen_task_refuses_to_run_in_several_processes(dataset, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="linear_svm runs in one process, but was launched in 2: start it by `python`"
+    ):
+        evaluate_linear_svm(LinearSvmArguments(dataset=dataset, baseline="random_forest"))
+
+
 class BySide(torch.nn.Module):
     """Segments by the sign of x, and keeps the masks that it was given."""
 

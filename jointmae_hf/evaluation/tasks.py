@@ -5,6 +5,7 @@ same code, on descriptors in place of features, so that it sees the same shapes.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -230,6 +231,9 @@ class _FrozenTask:
     def __init__(self, name: str, arguments: FrozenTaskArguments):
         from ..training.pretraining import git_commit
 
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1":  # each would do all of it, and write the same file
+            raise ValueError(f"{name} runs in one process, but was launched in {processes}: start it by `python`.")
         self.name = name
         self.arguments = arguments
         self.started = time.perf_counter()
