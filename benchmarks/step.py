@@ -177,7 +177,7 @@ class Bench:
         self.optimizer.zero_grad()
 
     def _pooled(self, batch: torch.Tensor):
-        if self.replicas is None or len(batch) == 1:
+        if self.replicas is None:
             self.pooled(batch)
         else:
             size = math.ceil(len(batch) / torch.get_num_threads())

@@ -114,6 +114,11 @@ class PreTrainingCollator:
         return views, noise
 
 
+def move_batch(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a batch on a device; from pinned memory without waiting."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 class View:
     """
     One view of the samples of a batch: which of their points it has, and what happens to these.

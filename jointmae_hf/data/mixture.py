@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augmentation import ORDER, counter_generator, normalize_clouds
-from .collation import VIEW_NAMES, PreTrainingCollator, split_batch
+from .collation import VIEW_NAMES, PreTrainingCollator, move_batch, split_batch
 from .loading import PointClouds, check_column, load_point_clouds, load_point_dataset
 from .procedural import finish_clouds, procedural_clouds, surface_points
 from .procedural_recipes import RECIPE, VERSION, draw_recipes
@@ -195,16 +195,13 @@ class MixedBatches(Dataset):
 
 def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """Makes the procedural shapes of a deferred batch on a device, and the inputs of the model from them."""
-
-    def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-
     recipes = batch["recipes"].numpy().view(RECIPE)
     # What the views take: fewer points of a shape are the beginning of more.
     num_points = 1 + max(int(view["numbers"].numpy().max(initial=0)) for view in batch["views"])
     surfaces = surface_points(recipes, num_points, device)  # (3, shapes, points)
-    inputs, is_recipe = moved(batch["inputs"]), batch["is_recipe"].to(device)
-    for name, view in zip(VIEW_NAMES, map(moved, batch["views"]), strict=False):
+    inputs, is_recipe = move_batch(batch["inputs"], device), batch["is_recipe"].to(device)
+    views = [move_batch(view, device) for view in batch["views"]]
+    for name, view in zip(VIEW_NAMES, views, strict=False):
         points = view["points"].new_empty(len(is_recipe), *view["points"].shape[1:])
         points[~is_recipe] = view["points"]
         points[is_recipe] = finish_clouds(recipes, surfaces.gather(2, view["numbers"].long().expand(3, -1, -1)))

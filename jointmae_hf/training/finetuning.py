@@ -257,7 +257,7 @@ class FineTuner:
         torch.manual_seed(self.seed)
         if arguments.from_scratch:
             self.raw_model = self.model_class(self.config)
-        elif self.model_class.__name__ in (self.source_architectures or ()):
+        elif self.model_class.__name__ in (self.config.architectures or ()):  # as those of its source
             # What its head has learned is another task, and often of another size: only the encoder is taken on.
             self.raw_model = self.model_class(self.config)
             source = self.model_class.from_pretrained(arguments.model_name_or_path)
@@ -293,7 +293,6 @@ class FineTuner:
             config = JointMAEConfig.from_pretrained(arguments.model_name_or_path)
         else:
             config = JointMAEConfig.from_preset(arguments.preset)
-        self.source_architectures = config.architectures
         overrides = parse_config_overrides(arguments.config_overrides or "")
         return JointMAEConfig(**{**config.to_dict(), **fields, **overrides})
 

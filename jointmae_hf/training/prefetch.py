@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..data.collation import move_batch
+
 
 _PATIENCE = 0.2  # seconds after which a waiting thread looks whether it is still wanted
 
@@ -31,7 +33,7 @@ def prefetch(
     """
     if depth == 0:
         for batch, rest in batches:
-            yield _moved(batch, device), rest
+            yield move_batch(batch, device), rest
         return
 
     ready: Queue = Queue(depth)
@@ -49,7 +51,7 @@ def prefetch(
         try:
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
                 for batch, rest in batches:
-                    batch = _moved(batch, device)
+                    batch = move_batch(batch, device)
                     put((batch, rest, None if stream is None else stream.record_event()))
                     if stopped.is_set():
                         return
@@ -79,7 +81,3 @@ def prefetch(
     finally:
         stopped.set()
         thread.join()
-
-
-def _moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
