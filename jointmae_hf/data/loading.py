@@ -42,6 +42,11 @@ class PointClouds:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
+    @property
+    def largest_size(self) -> int:
+        """Points of the largest cloud."""
+        return int(np.diff(self.offsets).max())
+
     def fingerprint(self) -> dict[str, int]:
         """Tells data sets apart by content, wherever they lie."""
         checksum = zlib.crc32(np.ascontiguousarray(self.values), zlib.crc32(self.offsets))
@@ -186,7 +191,7 @@ def fixed_subsample(clouds: PointClouds, num_points: int, seed: int = 0) -> np.n
 
     No more points than the largest cloud has: copies of all of them would tell nothing new.
     """
-    num_points = min(num_points, int(np.diff(clouds.offsets).max()))
+    num_points = min(num_points, clouds.largest_size)
     points = np.empty((len(clouds), num_points, 3), dtype=np.float32)
     for index in range(len(clouds)):
         generator = counter_generator(seed, FIXED_SUBSAMPLE, 0, index)

@@ -589,7 +589,7 @@ class SegmentationTuner(FineTuner):
 
     @cached_property
     def num_points(self) -> int:
-        return min(self.arguments.num_points, int(np.diff(self.all_train.clouds.offsets).max()))
+        return min(self.arguments.num_points, self.all_train.clouds.largest_size)
 
     @cached_property
     def known_parts(self) -> np.ndarray:
