@@ -6,8 +6,9 @@
 
 Runs the commands of `examples/` one after the other and leaves a result file of each in OUTPUT; what is there already
 is not repeated, and what fine-tuning was stopped in goes on. Frozen features stand beside those of the same network
-untrained and a random forest on shape histograms, fine-tuning beside training from scratch with the same steps and,
-where whole shapes are classified, that forest.
+untrained and a random forest on shape histograms; fine-tuning beside training from scratch with the same steps and a
+random forest on shape histograms, or on descriptors of points where parts are told. There a head on the frozen encoder
+stands beside one on the same network untrained, too.
 
 Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 800 steps (600 for parts) of
 32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share.
@@ -58,8 +59,14 @@ def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]
             yield "classification", f"{kind}-{fraction:g}", command
         command = ["finetune_classification.py", *forest, *share, "--validation_fraction", "0", *SEEDS]
         yield "classification", f"forest-{fraction:g}", command
-    for kind, source in tuned if is_kicad else ():  # the set that has parts
-        yield "part_segmentation", kind, ["finetune_segmentation.py", *source, *length["part_segmentation"]]
+    if is_kicad:  # the set that has parts
+        for kind, source in tuned:
+            command = ["finetune_segmentation.py", *source, *length["part_segmentation"]]
+            yield "part_segmentation", kind, command
+            frozen_kind = "untrained" if kind == "scratch" else kind
+            yield "part_segmentation", f"frozen-{frozen_kind}", [*command, "--head", "mlp"]
+        command = ["finetune_segmentation.py", *forest, "--validation_fraction", "0", *SEEDS]
+        yield "part_segmentation", "forest", command
 
 
 def make_table(file: Path) -> Path:

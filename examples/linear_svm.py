@@ -26,7 +26,9 @@ def main():
     parser.set_defaults(dataset=str(EMBEDDED_DATASET))
     (arguments,) = parser.parse_args_into_dataclasses()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    print(describe(evaluate_linear_svm(arguments)))
+    result = evaluate_linear_svm(arguments)
+    if result is not None:
+        print(describe(result))
 
 
 if __name__ == "__main__":

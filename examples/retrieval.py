@@ -24,7 +24,9 @@ def main():
     parser.set_defaults(dataset=str(EMBEDDED_DATASET))
     (arguments,) = parser.parse_args_into_dataclasses()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    print(describe(evaluate_retrieval(arguments)))
+    result = evaluate_retrieval(arguments)
+    if result is not None:
+        print(describe(result))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
 from jointmae_hf.data.loading import PointTable
 from jointmae_hf.evaluation import extract_features, linear_svm, pretraining_report, reconstruction_losses
+from jointmae_hf.evaluation.part_forest import point_descriptors
 from jointmae_hf.evaluation.reconstruction import averaged_encoder_output
 from jointmae_hf.visualization import draw_reconstructions
 
@@ -160,3 +161,31 @@ def test_a_picture_is_drawn_of_every_kind_of_model(use_image_branch, tmp_path):
     path = draw_reconstructions(JointMAEForPreTraining(config), shapes(3, 0).points, tmp_path / "new" / "picture.png")
     width, height = (int.from_bytes(path.read_bytes()[a : a + 4], "big") for a in (16, 20))
     assert (width > 1.5 * height) == use_image_branch
+
+
+# ---- Descriptors of points
+
+
+def test_descriptors_tell_a_line_a_plane_and_a_ball_apart():
+    generator = np.random.default_rng(0)
+    line = np.zeros((300, 3))
+    line[:, 0] = generator.uniform(-1, 1, 300)
+    plane = np.concatenate([generator.uniform(-1, 1, (300, 2)), np.zeros((300, 1))], axis=1)
+    ball = generator.normal(size=(300, 3))
+    points = torch.from_numpy(np.stack([line, plane, ball])).float()
+    described = point_descriptors(points)
+    assert described.shape == (3, 300, 34) and torch.equal(described[..., :3], points)
+    assert torch.allclose(described[..., 3], (points - points.mean(1, keepdim=True)).norm(dim=-1), atol=1e-6)
+    for first in (4, 14, 24):  # of each size of neighbourhood: linearity, planarity, sphericity, which sum to 1
+        shares = described[..., first : first + 3]
+        assert torch.allclose(shares.sum(-1), torch.ones(3, 300), atol=1e-4)
+        assert (shares[0, :, 0] > 0.999).all() and (shares[1, :, 2] < 1e-4).all()
+        assert shares[2, :, 2].mean() > 0.05 and shares[1, :, 1].mean() > 0.4
+        assert (described[1, :, first + 6] > 0.999).all()  # the plane's normal is z
+
+
+def test_descriptors_do_not_see_padding():
+    points = torch.randn(1, 150, 3)
+    padded = torch.cat([points, torch.full((1, 20, 3), 7.0)], dim=1)
+    mask = torch.arange(170) < 150
+    assert torch.allclose(point_descriptors(padded, mask[None])[:, :150], point_descriptors(points), atol=1e-5)

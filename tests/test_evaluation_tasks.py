@@ -1,10 +1,13 @@
 """Linear SVM, few-shot, retrieval, shape histograms and part segmentation: what each measures, and on what."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from child_processes import run_on_two
 from test_finetuning import CONFIG, write_dataset
 
 from jointmae_hf import JointMAEConfig, JointMAEForPartSegmentation, JointMAEForPreTraining
@@ -20,6 +23,7 @@ from jointmae_hf.evaluation import (
     segment_clouds,
     segmentation_metrics,
     shape_histograms,
+    tasks,
 )
 from jointmae_hf.evaluation.features import map_batches
 from jointmae_hf.evaluation.segmentation import class_parts
@@ -263,12 +267,88 @@ def test_clouds_of_any_size_are_segmented_whole(dataset):
     assert np.array_equal(np.stack(found), logits.argmax(-1).numpy())
 
 
-def test_a_frozen_task_refuses_to_run_in_several_processes(dataset, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match="linear_svm runs in one process, but was launched in 2: start it by `python`"
-    ):
-        evaluate_linear_svm(LinearSvmArguments(dataset=dataset, baseline="random_forest"))
+def evaluate_in_child(arguments: list, environment: dict[str, str]):
+    os.environ.update(environment)
+    os.setpgrp()
+    for each in arguments:
+        result = EVALUATE[type(each)](each)
+        assert (result is None) == (environment["RANK"] != "0")
+
+
+EVALUATE = {
+    LinearSvmArguments: evaluate_linear_svm,
+    FewShotArguments: evaluate_few_shot,
+    RetrievalArguments: evaluate_retrieval,
+}
+
+
+def test_two_processes_share_the_features_and_find_what_one_finds(make, processes, tmp_path):
+    wanted = {
+        "svm": (LinearSvmArguments, {"seeds": [0, 1], "batch_size": 16}),  # 3 batches for two, and 2
+        "one batch": (RetrievalArguments, {"batch_size": 64}),  # the first process has nothing to do
+        "few": (FewShotArguments, {"seeds": [0, 1], "ways": 2, "shots": 5, "queries": 5}),
+        "forest": (LinearSvmArguments, {"baseline": "random_forest"}),
+    }
+
+    def arguments(folder: str) -> list:
+        return [make(kind, **set_, output=str(tmp_path / folder / name)) for name, (kind, set_) in wanted.items()]
+
+    run_on_two(processes, evaluate_in_child, arguments("two"))
+    for each in arguments("one"):
+        EVALUATE[type(each)](each)
+    for name in wanted:
+        one, two = (read_result(tmp_path / folder / name) for folder in ("one", "two"))
+        assert one.metrics == two.metrics and one.split_sizes == two.split_sizes, name
+        assert (one.settings["num_processes"], two.settings["num_processes"]) == (1, 2)
+        assert "--num_processes 2" in two.command
+
+
+def test_a_task_that_was_stopped_goes_on_after_the_seeds_that_it_had_measured(make, pretrained, tmp_path, monkeypatch):
+    straight = evaluate_linear_svm(make(seeds=[0, 1, 2], C=[0.01, 1.0]))
+    measured = []
+
+    def count(*args):
+        measured.append(args)
+        if len(measured) == 7:  # two candidates and the last fit a seed
+            raise KeyboardInterrupt
+        return linear_svm(*args)
+
+    monkeypatch.setattr(tasks, "linear_svm", count)
+    kept = tmp_path / "stopped" / "result.json.seeds"
+    stopped = make(seeds=[0, 1, 2], C=[0.01, 1.0], output=str(tmp_path / "stopped" / "result.json"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_linear_svm(stopped)
+    assert kept.exists() and not Path(stopped.output).exists()
+    resumed = evaluate_linear_svm(stopped)
+    assert len(measured) == 7 + 3 and not kept.exists()
+    assert resumed.metrics == straight.metrics and resumed.settings["C_used"] == straight.settings["C_used"]
+    assert resumed.split_sizes == straight.split_sizes
+
+
+@pytest.mark.parametrize("change", ["setting", "weights", "damaged"])
+def test_seeds_measured_under_other_conditions_are_measured_again(make, pretrained, tmp_path, monkeypatch, change):
+    def stop_at_second_seed(self, seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return features(self, seed)
+
+    features = tasks._FrozenTask.features
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(tasks._FrozenTask, "features", stop_at_second_seed)
+        evaluate_linear_svm(make(seeds=[0, 1]))
+    overrides = {}
+    if change == "setting":
+        overrides = {"num_points": 48}
+    elif change == "weights":
+        torch.manual_seed(4)
+        overrides = {"model_name_or_path": str(tmp_path / "other")}
+        JointMAEForPreTraining(JointMAEConfig(**CONFIG)).save_pretrained(tmp_path / "other")
+    else:
+        (tmp_path / "result.json.seeds").write_text('{"runs": {"0"')
+    asked = []
+    monkeypatch.setattr(tasks._FrozenTask, "features", lambda self, seed: asked.append(seed) or features(self, seed))
+    evaluate_linear_svm(make(seeds=[0, 1], **overrides))
+    assert asked == [0, 1]
 
 
 class BySide(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import runpy
 import shutil
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from child_processes import run_on_two
 from safetensors.torch import load_file
 
 from jointmae_hf import (
@@ -233,6 +235,19 @@ def test_a_random_forest_gets_the_shapes_that_a_network_would(make, tmp_path):
     assert read_result(tmp_path / "forest" / "result.json") == result
 
 
+def test_a_random_forest_segments_the_shapes_that_a_network_would(make, tmp_path):
+    options = {"kind": SegmentationArguments, "train_fraction": 0.5, "seeds": [0, 1]}
+    result = finetune_segmentation(make("forest", baseline="random_forest", model_name_or_path=None, **options))
+    tuned = finetune_segmentation(make("tuned", max_steps=1, **options))
+    assert result.split_sizes == tuned.split_sizes and result.metrics.keys() <= tuned.metrics.keys()
+    assert result.settings["num_points_used"] == tuned.settings["num_points_used"]
+    assert result.model["name"] == "random forest on descriptors of points"
+    assert result.metrics["point_accuracy"]["mean"] > 90  # a half-space: coordinates tell it
+    assert read_result(tmp_path / "forest" / "result.json") == result
+    unknown = make("unknown", baseline="random_forest", use_object_class=False, kind=SegmentationArguments)
+    assert finetune_segmentation(unknown).metrics["point_accuracy"]["mean"] > 90
+
+
 def test_the_test_split_chooses_only_when_told_to_and_the_result_says_so(make, monkeypatch):
     seen = []
     original = finetuning.ClassificationTuner.measure
@@ -285,6 +300,28 @@ def test_a_frozen_encoder_resumes_too(make, tmp_path):
     (seed / "metrics.json").unlink()
     finetune_classification(make("killed", head="mlp", resume_from_checkpoint="latest"))
     assert same(tmp_path / "whole" / "seed-0", tmp_path / "killed" / "seed-0")
+
+
+def finetune_in_child(arguments: list[ClassificationArguments], environment: dict[str, str]):
+    os.environ.update(environment)
+    os.setpgrp()
+    torch.set_num_threads(1)
+    for each in arguments:
+        result = finetune_classification(each)
+        assert (result is None) == (environment["RANK"] != "0")
+
+
+def test_two_processes_share_a_batch_and_resume(make, processes, tmp_path):
+    run_on_two(processes, finetune_in_child, [make("whole")])
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    seed = tmp_path / "stopped" / "seed-0"
+    (tmp_path / "stopped" / "result.json").unlink()
+    (seed / "metrics.json").unlink()
+    shutil.rmtree(seed / "checkpoint-9")
+    run_on_two(processes, finetune_in_child, [make("stopped", resume_from_checkpoint="latest")])
+    whole, resumed = (read_result(tmp_path / name / "result.json") for name in ("whole", "stopped"))
+    assert whole.metrics == resumed.metrics and whole.settings["num_processes"] == 2
+    assert same(tmp_path / "whole" / "seed-0", seed)
 
 
 def test_seeds_that_are_done_are_not_repeated(make, monkeypatch, tmp_path):

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from child_processes import ended, run_on_two
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -140,13 +140,6 @@ def assert_close_run(folder, expected, atol=1e-5):
 # ---- Runs in other processes
 
 
-@pytest.fixture(scope="session")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jointmae_hf.training.pretraining", "datasets", "pytest"])
-    return context
-
-
 def train_in_child(arguments: PreTrainingArguments, environment: dict[str, str] | None = None):
     os.environ.update(environment or {})
     os.setpgrp()
@@ -174,16 +167,6 @@ def train_until_event(arguments: PreTrainingArguments, number: int):
     checkpoints.shutil.rmtree = deadly(checkpoints.shutil.rmtree)
     Path.rename = deadly(Path.rename)
     train_in_child(arguments)
-
-
-def ended(process, seconds=60) -> int:
-    """Exit code of a process that has to end by itself."""
-    process.join(seconds)
-    if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-        pytest.fail("the process did not end")
-    return process.exitcode
 
 
 def wait_for(condition, process, seconds=120):
@@ -268,23 +251,8 @@ def train_sharded_in_child(arguments: PreTrainingArguments, environment: dict[st
 
 
 def train_on_two(processes, arguments: PreTrainingArguments, train=train_in_child) -> dict:
-    """Trains on two processes of this machine, which talk by gloo; returns the result."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    pair = []
-    for rank in range(2):
-        settings = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        pair.append(processes.Process(target=train, args=(arguments, settings), daemon=True))
-        pair[-1].start()
-    assert [ended(process) for process in pair] == [0, 0]
+    """Trains on two processes; returns the result."""
+    run_on_two(processes, train, arguments)
     result = json.loads((Path(arguments.output_dir) / "result.json").read_text())
     assert result["num_processes"] == 2
     return result

@@ -1,24 +1,30 @@
 """The tasks on frozen features: linear SVM, few-shot classification and retrieval, each from arguments to a result.
 
-Features are extracted once for each subsample and never again. The random forest on shape histograms goes through the
-same code, on descriptors in place of features, so that it sees the same shapes.
+Features are extracted once for each subsample and never again, by all processes that were launched, each its share of
+the batches; the main process measures them. The random forest on shape histograms goes through the same code, on
+descriptors in place of features, so that it sees the same shapes.
 """
 
+import json
 import logging
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from .. import JointMAEConfig, JointMAEModel
 from ..data.labelled import LabelledClouds, load_labelled_splits, stratified_rows, validation_rows
 from ..data.loading import fixed_subsample
+from ..training.arguments import _argument
+from ..training.checkpoints import replace_file
+from ..training.pretraining import build_untrained_model, config_fields, git_commit, share_cores
 from .features import extract_features
 from .few_shot import draw_fold
 from .histograms import random_forest, shape_histograms
@@ -30,12 +36,6 @@ from .retrieval import retrieval_metrics
 logger = logging.getLogger(__name__)
 
 _VALIDATION_FRACTION = 0.2
-
-
-def _argument(default: Any, description: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": description})
-    return field(default=default, metadata={"help": description})
 
 
 @dataclass
@@ -64,10 +64,12 @@ class FrozenTaskArguments:
     )
     batch_size: int = _argument(64, "Clouds at a time in the network.")
     device: str | None = _argument(
-        None, "Where the network runs, such as cpu or cuda (default: a GPU if there is one)."
+        None, "Where the network runs, such as cpu or cuda (default: a GPU if there is one, one for each process)."
     )
     output: str | None = _argument(
-        None, "File of the result (default: outputs/TASK-KIND/result.json, KIND as in the result: pretrained, ...)."
+        None,
+        "File of the result (default: outputs/TASK-KIND/result.json, KIND as in the result: pretrained, ...). A run "
+        "that was stopped goes on after the seeds that it had measured.",
     )
 
     def __post_init__(self):
@@ -131,17 +133,21 @@ class RetrievalArguments(FrozenTaskArguments):
     )
 
 
-def evaluate_linear_svm(arguments: LinearSvmArguments) -> TaskResult:
+def evaluate_linear_svm(arguments: LinearSvmArguments) -> TaskResult | None:
     """
     Linear SVM on frozen features, or the random forest on shape histograms.
+
+    Returns:
+        What the file of the result holds; `None` in all but the main process.
 
     Raises:
         ValueError: for arguments or data that cannot be used.
     """
 
-    def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
+    def measure(
+        task: "_FrozenTask", seed: int, train_features: np.ndarray, test_features: np.ndarray
+    ) -> dict[str, float]:
         train, test = task.train, task.test
-        train_features, test_features = task.features(seed)
         rows = stratified_rows(train.labels, arguments.train_fraction, seed)
         train_features, labels = train_features[rows], train.labels[rows]
         task.split_sizes["train"] = len(rows)
@@ -170,18 +176,22 @@ def evaluate_linear_svm(arguments: LinearSvmArguments) -> TaskResult:
     return _FrozenTask("linear_svm", arguments).run(measure, protocol)
 
 
-def evaluate_few_shot(arguments: FewShotArguments) -> TaskResult:
+def evaluate_few_shot(arguments: FewShotArguments) -> TaskResult | None:
     """
     K-way N-shot classification by a linear SVM on frozen features, one fold for each seed.
+
+    Returns:
+        What the file of the result holds; `None` in all but the main process.
 
     Raises:
         ValueError: for arguments or data that cannot be used, also if too few classes are large enough.
     """
 
-    def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
+    def measure(
+        task: "_FrozenTask", seed: int, train_features: np.ndarray, test_features: np.ndarray
+    ) -> dict[str, float]:
         train, test = task.train.labels, task.test.labels
         fold = draw_fold(train, test, arguments.ways, arguments.shots, arguments.queries, seed)
-        train_features, test_features = task.features(arguments.point_seed)
         support, queries = (train_features[fold.support], train[fold.support]), test_features[fold.queries]
         task.split_sizes = {"train": len(fold.support), "test": len(fold.queries), "classes": arguments.ways}
         if arguments.baseline == "random_forest":
@@ -198,19 +208,23 @@ def evaluate_few_shot(arguments: FewShotArguments) -> TaskResult:
         f"{arguments.ways}-way {arguments.shots}-shot, {arguments.queries} test shapes a class, one fold a seed: "
         f"{learner}; fixed beforehand"
     )
-    return _FrozenTask("few_shot", arguments).run(measure, protocol)
+    return _FrozenTask("few_shot", arguments).run(measure, protocol, arguments.point_seed)
 
 
-def evaluate_retrieval(arguments: RetrievalArguments) -> TaskResult:
+def evaluate_retrieval(arguments: RetrievalArguments) -> TaskResult | None:
     """
     Shape retrieval by cosine similarity of frozen features.
+
+    Returns:
+        What the file of the result holds; `None` in all but the main process.
 
     Raises:
         ValueError: for arguments or data that cannot be used.
     """
 
-    def measure(task: "_FrozenTask", seed: int) -> dict[str, float]:
-        train_features, test_features = task.features(seed)
+    def measure(
+        task: "_FrozenTask", seed: int, train_features: np.ndarray, test_features: np.ndarray
+    ) -> dict[str, float]:
         train_features, test_features = standardize(train_features, test_features)
         gallery = (train_features, task.train.labels) if arguments.gallery == "train" else ()
         metrics = retrieval_metrics(test_features, task.test.labels, *gallery)
@@ -229,64 +243,94 @@ class _FrozenTask:
     """Data, network and features of a task, and the loop over its seeds."""
 
     def __init__(self, name: str, arguments: FrozenTaskArguments):
-        from ..training.pretraining import git_commit
-
-        processes = os.environ.get("WORLD_SIZE", "1")
-        if processes != "1":  # each would do all of it, and write the same file
-            raise ValueError(f"{name} runs in one process, but was launched in {processes}: start it by `python`.")
         self.name = name
         self.arguments = arguments
         self.started = time.perf_counter()
         git_commit()  # the clone may move on while this runs
-        self.train, self.test = load_labelled_splits(
-            arguments.dataset,
-            (arguments.train_split, arguments.test_split),
-            arguments.points_column,
-            arguments.label_column,
-            config_name=arguments.dataset_config_name,
-        )
-        self.split_sizes = {"train": len(self.train), "test": len(self.test), "classes": len(self.train.class_names)}
+        self.state = PartialState(cpu=arguments.device == "cpu")
         self.is_forest = getattr(arguments, "baseline", "none") == "random_forest"
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.device("cpu" if self.is_forest else device)
+        self.device = self._choose_device()
+        if self.state.num_processes > 1 and self.device.type == "cpu":
+            share_cores(self.state.num_processes)
+        with self.state.main_process_first():  # one process fills the cache of `datasets`
+            self.train, self.test = load_labelled_splits(
+                arguments.dataset,
+                (arguments.train_split, arguments.test_split),
+                arguments.points_column,
+                arguments.label_column,
+                config_name=arguments.dataset_config_name,
+            )
+        self.split_sizes = {"train": len(self.train), "test": len(self.test), "classes": len(self.train.class_names)}
         self.chosen: list[float] = []
         self._features: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
 
-    def run(self, measure: Callable[["_FrozenTask", int], dict[str, float]], protocol: str) -> TaskResult:
-        """Measures each seed and writes the result."""
+    def _choose_device(self) -> torch.device:
+        if self.is_forest:
+            return torch.device("cpu")
+        if self.state.num_processes > 1:
+            return self.state.device
+        return torch.device(self.arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def run(
+        self, measure: Callable[..., dict[str, float]], protocol: str, feature_seed: int | None = None
+    ) -> TaskResult | None:
+        """
+        Measures each seed and writes the result.
+
+        Args:
+            measure: metrics from this task, a seed, and the features of both splits.
+            protocol: what is done, in words.
+            feature_seed: of the subsample, if it is the same for all seeds.
+        """
         arguments = self.arguments
         seeds = self._distinct_seeds()
-        runs = [measure(self, seed) for seed in seeds]
-        settings = asdict(arguments) | {"seeds": seeds}
-        if self.chosen:
-            settings["C_used"] = self.chosen
+        kind = self._describe_model(seeds[0])["initialization"]
+        output = Path(arguments.output or f"outputs/{self.name}-{kind}/result.json")
+        finished = _FinishedSeeds(output, self._identity(seeds[0]), self.state)
+        for seed in seeds:
+            if seed in finished.runs:
+                logger.info("Seed %d was measured before this run was stopped.", seed)
+                continue
+            features = self.features(seed if feature_seed is None else feature_seed)
+            if self.state.is_main_process:
+                run = {"metrics": measure(self, seed, *features), "split_sizes": self.split_sizes}
+                run["C"] = self.chosen[-1] if self.chosen else None
+                finished.add(seed, run, time.perf_counter() - self.started)
+        if not self.state.is_main_process:
+            return None
+        runs = [finished.runs[seed] for seed in seeds]
+        settings = asdict(arguments) | {"seeds": seeds, "num_processes": self.state.num_processes}
+        if runs[0]["C"] is not None:
+            settings["C_used"] = [run["C"] for run in runs]
         result = TaskResult(
             task=self.name,
-            model=self._describe_model(),
+            model=self._describe_model(seeds[0]),
             dataset={
                 "name": arguments.dataset,
                 "config_name": arguments.dataset_config_name,
-                "splits": {
-                    arguments.train_split: self.train.fingerprint(),
-                    arguments.test_split: self.test.fingerprint(),
-                },
+                "splits": self._fingerprints(),
             },
-            split_sizes=self.split_sizes,
+            split_sizes=runs[-1]["split_sizes"],
             seeds=seeds,
-            metrics=summarize_runs(runs),
+            metrics=summarize_runs([run["metrics"] for run in runs]),
             protocol=protocol,
             settings=settings,
             chosen_on_test=getattr(arguments, "choose_on_test", False),
-            **provenance([origin(self.device)], time.perf_counter() - self.started),
+            **provenance([origin(self.device)], finished.earlier_seconds + time.perf_counter() - self.started),
         )
-        output = Path(arguments.output or f"outputs/{self.name}-{result.model['initialization']}/result.json")
         write_result(result, output)
+        finished.remove()
         logger.info("The result is in %s.", output)
         return result
 
-    def features(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Features of both splits: of the network, or the histograms. Those of the last seed are kept."""
+    def features(self, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """
+        Features of both splits: of the network, or the histograms. Those of the last seed are kept. All processes must
+        call this; histograms are made by the main process alone, and the others get `None`.
+        """
         if self._features is None or self._features[0] != seed:
+            if self.is_forest and not self.state.is_main_process:
+                return None
             train = self._extract(self.train, seed, self.arguments.train_split)
             test = self._extract(self.test, seed, self.arguments.test_split)
             self._features = (seed, (train, test))
@@ -296,8 +340,16 @@ class _FrozenTask:
         points = fixed_subsample(split.clouds, self.arguments.num_points, seed)
         if self.is_forest:
             return shape_histograms(points, seed)
-        progress = f"{self.name}, seed {seed}, {name}"
-        return extract_features(self._encoder(seed), points, batch_size=self.arguments.batch_size, progress=progress)
+        # Whole batches, so that the features do not depend on how many processes share them.
+        size, rank, processes = self.arguments.batch_size, self.state.process_index, self.state.num_processes
+        batches = -(-len(points) // size)
+        start, stop = (size * (batches * part // processes) for part in (rank, rank + 1))
+        progress = f"{self.name}, seed {seed}, {name}" if self.state.is_main_process else None
+        share = points[start:stop]
+        features = (
+            [extract_features(self._encoder(seed), share, batch_size=size, progress=progress)] if len(share) else []
+        )
+        return np.concatenate(gather_object(features))
 
     def _encoder(self, seed: int) -> PreTrainedModel:
         """The network; an untrained one anew for each seed."""
@@ -308,16 +360,33 @@ class _FrozenTask:
             self.encoder_seed = seed
         return self.encoder
 
-    def _describe_model(self) -> dict[str, Any]:
+    def _describe_model(self, first_seed: int) -> dict[str, Any]:
         arguments = self.arguments
         if self.is_forest:
             name = "random forest on shape histograms"
             return {"name": name, "initialization": "random_forest", "parameters": 0, "weights": None}
+        encoder = self._encoder(first_seed)
         return {
             "name": arguments.model_name_or_path or arguments.preset,
             "initialization": "untrained" if arguments.untrained else "pretrained",
-            "parameters": encoder_parameters(self.encoder),
-            "weights": None if arguments.untrained else weights_digest(self.encoder),
+            "parameters": encoder_parameters(encoder),
+            "weights": None if arguments.untrained else weights_digest(encoder),
+        }
+
+    def _fingerprints(self) -> dict[str, dict[str, int]]:
+        arguments = self.arguments
+        return {arguments.train_split: self.train.fingerprint(), arguments.test_split: self.test.fingerprint()}
+
+    def _identity(self, first_seed: int) -> dict[str, Any]:
+        """What decides the metrics of a seed, for JSON."""
+        neutral = ("seeds", "output", "dataset", "model_name_or_path", "device")  # the last three by what they are
+        return {
+            "task": self.name,
+            "settings": {name: value for name, value in asdict(self.arguments).items() if name not in neutral},
+            "splits": self._fingerprints(),
+            "weights": None if self.is_forest else weights_digest(self._encoder(first_seed)),
+            "config": None if self.is_forest else config_fields(self._encoder(first_seed).config),
+            "origin": origin(self.device),
         }
 
     def _distinct_seeds(self) -> list[int]:
@@ -337,6 +406,43 @@ class _FrozenTask:
         return arguments.seeds
 
 
+class _FinishedSeeds:
+    """
+    What has been measured of a task, in a file beside its result until that is written.
+
+    Args:
+        output: file of the result.
+        identity: what decides the metrics; a file with another one is not used.
+        state: of the processes. All must make this at the same time; only the main process reads and writes.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], state: PartialState):
+        self.path = output.with_name(output.name + ".seeds")
+        self.identity = json.loads(json.dumps(identity))
+        found = [self._read() if state.is_main_process else None]
+        broadcast_object_list(found)
+        record = found[0] or {"runs": {}, "seconds": 0.0}
+        self.runs = {int(seed): run for seed, run in record["runs"].items()}
+        self.earlier_seconds = record["seconds"]
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and record.get("identity") == self.identity else None
+
+    def add(self, seed: int, run: dict[str, Any], seconds: float):
+        """Keeps the run of a seed; `seconds` are those since this process began."""
+        self.runs[seed] = run
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"identity": self.identity, "runs": self.runs, "seconds": self.earlier_seconds + seconds}
+        replace_file(self.path, json.dumps(record))
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+
+
 def load_encoder(
     model_name_or_path: str | None, untrained: bool = False, seed: int = 0, preset: str = "tiny"
 ) -> PreTrainedModel:
@@ -351,8 +457,6 @@ def load_encoder(
     """
     if not untrained:
         return JointMAEModel.from_pretrained(model_name_or_path).eval()
-    from ..training.pretraining import build_untrained_model
-
     named = model_name_or_path is not None
     config = JointMAEConfig.from_pretrained(model_name_or_path) if named else JointMAEConfig.from_preset(preset)
     return build_untrained_model(config, seed).joint_mae.eval()

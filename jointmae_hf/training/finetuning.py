@@ -13,7 +13,6 @@ Notable choices:
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import time
@@ -44,6 +43,7 @@ from ..evaluation.classification import predict_logits, vote
 from ..evaluation.few_shot import draw_fold
 from ..evaluation.histograms import random_forest, shape_histograms
 from ..evaluation.linear_svm import accuracies
+from ..evaluation.part_forest import NUM_TREES, POINTS_OF_A_SHAPE, PartForest
 from ..evaluation.results import (
     TASKS,
     UNKNOWN_ORIGIN,
@@ -74,9 +74,9 @@ from .pretraining import (
     RESULT,
     LossMeter,
     NonFiniteLossError,
-    available_cores,
     config_fields,
     git_commit,
+    share_cores,
     step_seed,
 )
 from .sharding import is_spread
@@ -591,23 +591,6 @@ class SegmentationTuner(FineTuner):
     def num_points(self) -> int:
         return min(self.arguments.num_points, self.all_train.clouds.largest_size)
 
-    @cached_property
-    def known_parts(self) -> np.ndarray:
-        """The parts that each class has in the shapes that are learned from: what may be predicted."""
-        return self._parts_of(self.train)
-
-    @cached_property
-    def scored_parts(self) -> np.ndarray:
-        """The parts that each class has in the whole training split, however little of it is learned from."""
-        return self._parts_of(self.all_train)
-
-    @staticmethod
-    def _parts_of(data: LabelledClouds) -> np.ndarray:
-        """The parts that each class has, boolean `(classes, parts)`."""
-        parts = [data.parts(index) for index in range(len(data))]
-        found = class_parts(parts, data.labels, len(data.class_names), len(data.part_names))
-        return np.where(found.any(1, keepdims=True), found, True)  # a class that is not trained on may have any
-
     def build_config(self) -> JointMAEConfig:
         names = dict(enumerate(self.all_train.part_names))
         label2id = {name: i for i, name in names.items()}
@@ -619,12 +602,49 @@ class SegmentationTuner(FineTuner):
         told = self.arguments.use_object_class
         return LabelledCollator(self.train, self.num_points, self.arguments.recipe(), self.seed, True, told)
 
+    @cached_property
+    def allowed_parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """What each class can consist of: as far as was learned, for predictions, and in truth, for the score."""
+        return known_parts(self.train), known_parts(self.all_train)
+
     def measure(self, data: LabelledClouds) -> dict[str, float]:
-        clouds = [data.clouds[index] for index in range(len(data))]
-        parts = [data.parts(index) for index in range(len(data))]
-        given = (data.labels, self.known_parts if self.arguments.use_object_class else None)
-        found = segment_clouds(self.raw_model, clouds, self.num_points, *given, seed=self.seed)
-        return segmentation_metrics(found, parts, data.labels, self.scored_parts)
+        told = self.arguments.use_object_class
+        return measure_parts(self.raw_model, data, self.num_points, told, *self.allowed_parts, self.seed)
+
+
+def known_parts(data: LabelledClouds) -> np.ndarray:
+    """The parts that each class has in these shapes, boolean `(classes, parts)`; of a class without any, all."""
+    parts = [data.parts(index) for index in range(len(data))]
+    found = class_parts(parts, data.labels, len(data.class_names), len(data.part_names))
+    return np.where(found.any(1, keepdims=True), found, True)
+
+
+def measure_parts(
+    model: JointMAEForPartSegmentation | PartForest,
+    data: LabelledClouds,
+    num_points: int,
+    use_object_class: bool,
+    predictable_parts: np.ndarray,
+    scored_parts: np.ndarray,
+    seed: int,
+) -> dict[str, float]:
+    """
+    Metrics of part segmentation, in percent.
+
+    Args:
+        model: gives the scores.
+        data: shapes to measure on.
+        num_points: points of each that the model is given, drawn by `seed`.
+        use_object_class: whether the class of a shape is known: then it decides which parts may be predicted.
+        predictable_parts: boolean `(classes, parts)`: those.
+        scored_parts: likewise, those over which the intersection over union is averaged.
+        seed: fixes the subsamples.
+    """
+    clouds = [data.clouds[index] for index in range(len(data))]
+    parts = [data.parts(index) for index in range(len(data))]
+    given = (data.labels, predictable_parts if use_object_class else None)
+    found = segment_clouds(model, clouds, num_points, *given, seed=seed)
+    return segmentation_metrics(found, parts, data.labels, scored_parts)
 
 
 def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> TaskResult | None:
@@ -645,7 +665,7 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
     with accelerator.main_process_first():  # one process fills the cache of `datasets`
         data = load_labelled_splits(arguments.dataset, splits, *columns, arguments.dataset_config_name)
     is_few_shot = getattr(arguments, "ways", 0) > 0
-    is_forest = getattr(arguments, "baseline", "none") == "random_forest"
+    is_forest = arguments.baseline == "random_forest"
     runs = []
     for seed in arguments.seeds:
         shapes = _fold(arguments, data, seed) if is_few_shot else data
@@ -670,7 +690,7 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
         protocol=_protocol(arguments, runs[0]),
         settings={
             **asdict(arguments),
-            **({} if is_forest else _settings_of_training(runs)),
+            **({"num_points_used": runs[0]["num_points"]} if is_forest else _settings_of_training(runs)),
             "num_processes": accelerator.num_processes,
         },
         chosen_on_test=arguments.choose_on_test,
@@ -700,27 +720,47 @@ def _fold(
 
 
 def _run_forest(
-    arguments: ClassificationArguments, seed: int, train: LabelledClouds, test: LabelledClouds
+    arguments: FineTuningArguments, seed: int, train: LabelledClouds, test: LabelledClouds
 ) -> dict[str, Any]:
     """The baseline on the shapes that a network would be trained on."""
     started = time.perf_counter()
     rows = stratified_rows(train.labels, arguments.train_fraction, seed)
     kept, held_out = validation_rows(train.labels[rows], arguments.validation_fraction, seed)
-    train = train.select(rows[kept])
-    features = [
-        shape_histograms(fixed_subsample(part.clouds, arguments.num_points, seed), seed) for part in (train, test)
-    ]
+    learned = train.select(rows[kept])
+    if isinstance(arguments, SegmentationArguments):
+        metrics, num_points = _segment_by_forest(arguments, seed, learned, train, test)
+    else:
+        num_points = arguments.num_points
+        features = [shape_histograms(fixed_subsample(part.clouds, num_points, seed), seed) for part in (learned, test)]
+        metrics = accuracies(random_forest(features[0], learned.labels, features[1], seed), test.labels)
     return {
-        "metrics": accuracies(random_forest(features[0], train.labels, features[1], seed), test.labels),
+        "metrics": metrics,
         "split_sizes": {"train": len(kept), "validation": len(held_out), "test": len(test)},
         "classes": len(train.class_names),
+        "num_points": num_points,
         "seconds": time.perf_counter() - started,
     }
 
 
+def _segment_by_forest(
+    arguments: SegmentationArguments, seed: int, learned: LabelledClouds, train: LabelledClouds, test: LabelledClouds
+) -> tuple[dict[str, float], int]:
+    """Metrics of the forest on points, and how many points of a cloud it is given."""
+    num_points = min(arguments.num_points, train.clouds.largest_size)
+    told = arguments.use_object_class
+    as_drawn = Augmentation((1, 1), 0.0, "none")
+    batch = LabelledCollator(learned, num_points, as_drawn, seed, part_labels=True, use_object_class=told)(
+        [learned.clouds[index] for index in range(len(learned))], [(0, index) for index in range(len(learned))]
+    )
+    forest = PartForest(len(train.part_names), len(train.class_names) if told else 0, seed)
+    forest.fit(batch["point_values"], batch["labels"], batch.get("object_class"))
+    return measure_parts(forest, test, num_points, told, known_parts(learned), known_parts(train), seed), num_points
+
+
 def _describe_model(arguments: FineTuningArguments, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    if getattr(arguments, "baseline", "none") == "random_forest":
-        name = "random forest on shape histograms"
+    if arguments.baseline == "random_forest":
+        what = "descriptors of points" if isinstance(arguments, SegmentationArguments) else "shape histograms"
+        name = f"random forest on {what}"
         return {"name": name, "initialization": "random_forest", "parameters": 0, "weights": None}
     scratch = "from_scratch" if arguments.head == "full" else "untrained"
     return {
@@ -748,8 +788,14 @@ def _settings_of_training(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
     """What was done, in words."""
     what = {"full": "all weights", "linear": "linear head, encoder frozen", "mlp": "MLP head, encoder frozen"}
-    if getattr(arguments, "baseline", "none") == "random_forest":
+    if arguments.baseline == "random_forest":
         words = ["random forest of 500 trees on shape histograms, fixed beforehand"]
+        if isinstance(arguments, SegmentationArguments):
+            words = [
+                f"random forest of {NUM_TREES} trees on hand-made descriptors of points, {POINTS_OF_A_SHAPE} of each "
+                "training shape, fixed beforehand",
+                f"{run['num_points']:,} points",
+            ]
     else:
         augmentation = arguments.augmentation
         if augmentation == "scale_translate":
@@ -777,8 +823,7 @@ def _build_accelerator(arguments: FineTuningArguments) -> Accelerator:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )
     if accelerator.device.type == "cpu":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(arguments.num_threads or max(1, available_cores() // local_processes))
+        share_cores(accelerator.num_processes, arguments.num_threads)
     return accelerator
 
 

@@ -43,6 +43,9 @@ class FineTuningArguments:
         False,
         "The same network from random weights, or --preset if no model is named; frozen under --head mlp: untrained.",
     )
+    baseline: Literal["none", "random_forest"] = _argument(
+        "none", "A random forest on hand-made descriptors of the same shapes, or of their points, no network."
+    )
     preset: str = _argument("tiny", "Size of a network from scratch: tiny, small or base.")
     config_overrides: str | None = _argument(None, "Fields of the configuration to replace: `key=value,...`.")
 
@@ -110,9 +113,11 @@ class FineTuningArguments:
         valid = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0
         self._require("seeds", valid, "distinct numbers, 0 or more")
         self._require("dataset", self.dataset is not None, "a name on the Hub, a folder or a parquet file")
-        is_forest = getattr(self, "baseline", "none") == "random_forest"
+        is_forest = self.baseline == "random_forest"
         named = self.model_name_or_path is not None or self.from_scratch or is_forest
         self._require("model_name_or_path", named, "a model, or --from_scratch")
+        chooses = self.choose_on_test and is_forest
+        self._require("choose_on_test", not chooses, "false with a `baseline`, where there is nothing to choose")
         self._require("resume_from_checkpoint", self.resume_from_checkpoint in (None, "latest"), "'latest'")
 
     def _require(self, name: str, condition: Any, expected: str):
@@ -138,9 +143,6 @@ class ClassificationArguments(FineTuningArguments):
     )
     shots: int = _argument(10, "Few-shot: labelled shapes of each class, from the training split.")
     queries: int = _argument(20, "Few-shot: shapes of each class to be recognised, from the test split.")
-    baseline: Literal["none", "random_forest"] = _argument(
-        "none", "A random forest on shape histograms, on the same shapes, no network."
-    )
     voting: int = _argument(0, "Augmented looks at each test shape, reported apart as `accuracy_voted`; 0: none.")
     output_dir: str = _argument(
         "outputs/finetune_classification", "Folder for result.json, and seed-N with model, best and log.jsonl."
@@ -149,8 +151,6 @@ class ClassificationArguments(FineTuningArguments):
     def __post_init__(self):
         super().__post_init__()
         self._require("voting", self.voting >= 0, "0 or more")
-        chooses = self.choose_on_test and self.baseline != "none"
-        self._require("choose_on_test", not chooses, "false with a `baseline`, where there is nothing to choose")
         self._require("ways", self.ways == 0 or self.ways > 1, "2 or more, or 0 for all shapes")
         for name in ("shots", "queries"):
             self._require(name, getattr(self, name) > 0, "more than 0")

@@ -220,8 +220,7 @@ class PreTrainer:
             # Accelerate shards the input embedding by itself, so the module that holds it must not be a unit.
             sharding.transformer_cls_names_to_wrap = ["JointMAELayer"]
         if accelerator.device.type == "cpu":
-            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-            torch.set_num_threads(arguments.num_threads or max(1, available_cores() // local_processes))
+            share_cores(accelerator.num_processes, arguments.num_threads)
         if len(accelerator.log_with) < len(trackers):
             raise ValueError(f"`report_to` is {arguments.report_to!r}, but not all of these trackers are installed.")
         if arguments.compile and arguments.grad_norm_steps:
@@ -797,6 +796,12 @@ def device_name(device: torch.device) -> str:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(num_processes: int, num_threads: int | None = None):
+    """Sets torch's threads: as many as told, else the cores shared out among the processes of this machine."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    torch.set_num_threads(num_threads or max(1, available_cores() // local_processes))
 
 
 @cache
