@@ -41,7 +41,12 @@ TRIALS: dict[str, tuple[dict, str]] = {
     "learning rate 5e-4": ({"learning_rate": 5e-4}, ""),
     "learning rate 2e-3": ({"learning_rate": 2e-3}, ""),
     "batch size 32": ({"batch_size": 32}, ""),
+    "modality dropout 0.25": ({}, "modality_dropout=0.25"),
     "modality dropout 0.5": ({}, "modality_dropout=0.5"),
+    "alignment radii 1 2 4": ({}, "alignment_radii=[1,2,4]"),
+    "alignment radii 4 8 any": ({}, "alignment_radii=[4,8,null]"),
+    "2D loss weight 0.2": ({}, "pixel_loss_weight=0.2"),
+    "cross loss weight 1": ({}, "cross_loss_weight=1"),
     "no local alignment": ({}, "use_local_alignment=false"),
     # What the paper adds to masked reconstruction in 3D, one by one, up to `default`.
     "3D only": ({}, "use_image_branch=false"),
