@@ -202,6 +202,24 @@ def test_a_readme_is_rewritten_from_result_files(tmp_path):
     )
 
 
+def test_a_readme_is_rewritten_with_the_report_of_a_pretraining_run(tmp_path):
+    readme, run = tmp_path / "README.md", tmp_path / "result.json"
+    readme.write_text("<!-- results:run --><!-- /results:run -->")
+    losses = {"held_out": {"loss_3d": 0.00512}, "encoder_output_averaged": {"loss_3d": 0.01}}  # 3D alone
+    svm = {"classes": 37, "pretrained": {"accuracy": 55.55}, "untrained": {"accuracy": 50.0}}
+    run.write_text(json.dumps({"report": {"reconstruction": losses, "linear_svm": svm}}))
+    main(["report", str(readme), "run", str(run)])
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:4]] for line in readme.read_text().splitlines() if "|" in line
+    ]
+    assert cells[2:] == [["3D loss (Chamfer), 1e-3", "5.12", "10.00"], ["linear SVM, 37 classes, %", "55.5", "50.0"]]
+    run.write_text(json.dumps({"steps": 3}))
+    before = readme.read_text()
+    with pytest.raises(ResultError, match="result.json is not the result of a pre-training run with a report"):
+        main(["report", str(readme), "run", str(run)])
+    assert readme.read_text() == before
+
+
 def test_a_curve_is_drawn_of_one_task_on_one_data_set(tmp_path):
     for index, (kind, size) in enumerate([("pretrained", 37), ("pretrained", 700), ("from_scratch", 700)]):
         sizes = {"train": size, "test": 442, "classes": 37}

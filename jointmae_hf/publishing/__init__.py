@@ -3,7 +3,7 @@
 from .cards import build_model_folder, model_card
 from .curves import draw_label_curve, draw_losses
 from .hub import PublishingError, check_model_folder, publish_folder
-from .tables import commands_table, results_table, rewrite_block
+from .tables import commands_table, report_table, results_table, rewrite_block
 
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "draw_losses",
     "model_card",
     "publish_folder",
+    "report_table",
     "results_table",
     "rewrite_block",
 ]

@@ -4,9 +4,11 @@
     python -m jointmae_hf.publishing card outputs/pretrain model_cards/joint-mae-tiny --repo_id org/joint-mae-tiny \\
         --license apache-2.0 --training outputs/pretrain/result.json --results outputs
     python -m jointmae_hf.publishing curve few_labels.png outputs/finetune-*/result.json
+    python -m jointmae_hf.publishing report README.md pretrain outputs/pretrain/result.json
 
-`tables` rewrites what stands in a file between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. `card` makes the
-folder of a released model from the folder that training left. `curve` draws results with several `--train_fraction`.
+`tables` and `report` rewrite what stands in a file between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, with
+results of tasks or with what a pre-training run says of itself. `card` makes the folder of a released model from the
+folder that training left. `curve` draws results with several `--train_fraction`.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from ..evaluation.results import ResultError, read_results
 from .cards import build_model_folder
 from .curves import draw_label_curve
 from .hub import PublishingError
-from .tables import commands_table, results_table, rewrite_block
+from .tables import commands_table, report_table, results_table, rewrite_block
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,6 +31,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     tables.add_argument("results", nargs="+", help="result files, or folders of them")
     tables.add_argument("--headlines", action="store_true", help="one metric for each task")
     tables.add_argument("--commands", action="store_true", help="add the table of commands")
+    report = commands.add_parser("report", help="rewrite a marked block with the report of a pre-training run")
+    report.add_argument("file", type=Path)
+    report.add_argument("name", help="name of the block")
+    report.add_argument("run", type=Path, help="result.json of the run")
     curve = commands.add_parser("curve", help="draw one task against the number of labelled shapes")
     curve.add_argument("file", type=Path, help="picture to make")
     curve.add_argument("results", nargs="+", help="result files, or folders of them")
@@ -51,15 +57,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None):
     options = vars(parse_arguments(arguments))
     command = options.pop("command")
-    results = read_results(options.pop("results"))
+    results = read_results(options.pop("results", []))
     if command == "card":
         print(build_model_folder(options.pop("source"), options.pop("output"), results=results, **options))
         return
     if command == "curve":
         draw_label_curve(results, options["file"])
         return
-    content = results_table(results, options["headlines"])
-    if options["commands"]:
+    content = report_table(options["run"]) if command == "report" else results_table(results, options["headlines"])
+    if options.get("commands"):
         content += "\n\n" + commands_table(results)
     from ..training.checkpoints import replace_file
 

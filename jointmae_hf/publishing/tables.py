@@ -1,5 +1,6 @@
 """Markdown tables made from results. Nothing in them is typed by hand."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,12 @@ WEIGHTS_NAMES = {
     "from_scratch": "from scratch",
     "random_forest": "random forest",
 }
+# Held-out losses of a pre-training run, their names, and what stands beside them.
+_LOSSES = (
+    ("loss_3d", "3D loss (Chamfer)", "the same decoder given the encoder's mean output: what positions alone tell"),
+    ("loss_2d", "2D loss (depth MSE)", "likewise"),
+    ("loss_cross", "cross loss", "likewise"),
+)
 _PROTOCOL_QUERIES = 20  # test shapes of each class of a few-shot fold, in the literature
 
 
@@ -131,6 +138,35 @@ def reproduction(command: str, git_commit: str | None, device: str, seconds: flo
     command = "`" + command.replace("|", "\\|") + "`"
     commit = re.sub(r"\b([0-9a-f]{7})[0-9a-f]+", r"\1", git_commit or "")
     return [command, commit, device, _time(seconds)]
+
+
+def report_table(file: str | Path) -> str:
+    """
+    The report of a pre-training run: held-out losses, and a linear SVM on its features, each beside its counterpart.
+
+    Args:
+        file: `result.json` of the run.
+
+    Raises:
+        ResultError: if it is no result of pre-training, or of one without a report.
+    """
+    try:
+        report = json.loads(Path(file).read_text(encoding="utf-8"))["report"]
+        losses, averaged = (report["reconstruction"][name] for name in ("held_out", "encoder_output_averaged"))
+        rows = [
+            [f"{name}, 1e-3", f"{1e3 * losses[key]:.2f}", f"{1e3 * averaged[key]:.2f}", counterpart]
+            for key, name, counterpart in _LOSSES
+            if key in losses
+        ]
+        if svm := report.get("linear_svm"):
+            accuracies = [f"{svm[kind]['accuracy']:.1f}" for kind in ("pretrained", "untrained")]
+            rows.append([f"linear SVM, {svm['classes']} classes, %", *accuracies, "the same network untrained"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultError(f"{file} is not the result of a pre-training run with a report: {error!r}.") from error
+    return "\n".join(
+        "| " + " | ".join(line) + " |"
+        for line in [["", "trained", "compared with", ""], ["---", "---:", "---:", "---"], *rows]
+    )
 
 
 def task_name(result: TaskResult, with_share: bool = True) -> str:
