@@ -99,22 +99,31 @@ def test_a_digest_knows_weights_by_value():
 
 
 @pytest.mark.parametrize(
-    "environment, words, expected",
+    "gpu, environment, words, expected",
     [
-        ({}, ["x.py", "--seeds", "0", "1"], "python x.py --seeds 0 1"),
+        (False, {}, ["x.py", "--seeds", "0", "1"], "python x.py --seeds 0 1"),
         (
+            False,
             {"ACCELERATE_MIXED_PRECISION": "no"},
             ["x.py", "--resume_from_checkpoint", "latest", "--seeds", "0"],
             "python x.py --seeds 0",
         ),
         (
+            True,
             {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
             ["x.py", "--overwrite_output_dir", "--preset", "a b", "--resume-from-checkpoint=latest"],
             "accelerate launch --num_processes 2 --mixed_precision bf16 x.py --preset 'a b'",
         ),
+        (
+            False,
+            {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
+            ["x.py"],
+            "ACCELERATE_USE_CPU=true ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 2 x.py",
+        ),
     ],
 )
-def test_the_command_makes_the_result_anew(monkeypatch, environment, words, expected):
+def test_the_command_makes_the_result_anew(monkeypatch, gpu, environment, words, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -300,7 +300,7 @@ def test_two_processes_share_the_features_and_find_what_one_finds(make, processe
         one, two = (read_result(tmp_path / folder / name) for folder in ("one", "two"))
         assert one.metrics == two.metrics and one.split_sizes == two.split_sizes, name
         assert (one.settings["num_processes"], two.settings["num_processes"]) == (1, 2)
-        assert "--num_processes 2" in two.command
+        assert "torchrun --nproc_per_node 2" in two.command
 
 
 def test_a_task_that_was_stopped_goes_on_after_the_seeds_that_it_had_measured(make, pretrained, tmp_path, monkeypatch):

@@ -324,6 +324,13 @@ def test_two_processes_share_a_batch_and_resume(make, processes, tmp_path):
     assert same(tmp_path / "whole" / "seed-0", seed)
 
 
+def test_processes_that_do_not_join_are_refused(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does where Accelerate finds no GPU
+    with pytest.raises(ValueError, match="2 processes were launched, but 1 work together"):
+        finetune_classification(make("run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_that_are_done_are_not_repeated(make, monkeypatch, tmp_path):
     finetune_classification(make("run", seeds=[0]))
     steps = []

@@ -172,12 +172,17 @@ def command_line() -> str:
     The shell command that repeats what this process does from the start: without arguments that resume or overwrite,
     and with the launcher where it decides the result, by several processes or a precision.
     """
-    told = []
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        told += ["--num_processes", processes]
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
-        told += ["--mixed_precision", precision]
-    words, skips = ["accelerate", "launch", *told] if told else ["python"], False
+    processes = os.environ.get("WORLD_SIZE", "1")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precise = [] if precision == "no" else ["--mixed_precision", precision]
+    if processes == "1":
+        words = ["accelerate", "launch", *precise] if precise else ["python"]
+    elif torch.cuda.is_available():
+        words = ["accelerate", "launch", "--num_processes", processes, *precise]
+    else:  # where `accelerate launch` starts one process
+        told = [] if precision == "no" else [f"ACCELERATE_MIXED_PRECISION={precision}"]
+        words = ["ACCELERATE_USE_CPU=true", *told, "torchrun", "--nproc_per_node", processes]
+    skips = False
     for word in sys.argv:
         if word.startswith("--"):
             skips = word.partition("=")[0].replace("-", "_").lstrip("_") in _RESUMING

@@ -24,7 +24,7 @@ from ..data.labelled import LabelledClouds, load_labelled_splits, stratified_row
 from ..data.loading import fixed_subsample
 from ..training.arguments import _argument
 from ..training.checkpoints import replace_file
-from ..training.pretraining import build_untrained_model, config_fields, git_commit, share_cores
+from ..training.pretraining import build_untrained_model, check_processes, config_fields, git_commit, share_cores
 from .features import extract_features
 from .few_shot import draw_fold
 from .histograms import random_forest, shape_histograms
@@ -247,7 +247,9 @@ class _FrozenTask:
         self.arguments = arguments
         self.started = time.perf_counter()
         git_commit()  # the clone may move on while this runs
-        self.state = PartialState(cpu=arguments.device == "cpu")
+        # Accelerate is told, as it joins processes without a GPU only then.
+        self.state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+        check_processes(self.state.num_processes)
         self.is_forest = getattr(arguments, "baseline", "none") == "random_forest"
         self.device = self._choose_device()
         if self.state.num_processes > 1 and self.device.type == "cpu":

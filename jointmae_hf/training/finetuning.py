@@ -74,6 +74,7 @@ from .pretraining import (
     RESULT,
     LossMeter,
     NonFiniteLossError,
+    check_processes,
     config_fields,
     git_commit,
     share_cores,
@@ -822,6 +823,7 @@ def _build_accelerator(arguments: FineTuningArguments) -> Accelerator:
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )
+    check_processes(accelerator.num_processes)
     if accelerator.device.type == "cpu":
         share_cores(accelerator.num_processes, arguments.num_threads)
     return accelerator

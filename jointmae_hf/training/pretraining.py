@@ -215,6 +215,7 @@ class PreTrainer:
             log_with=trackers or None,
             project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / _TRACKERS)),
         )
+        check_processes(accelerator.num_processes)
         sharding = getattr(accelerator.state, "fsdp_plugin", None)
         if sharding is not None and sharding.transformer_cls_names_to_wrap is None:
             # Accelerate shards the input embedding by itself, so the module that holds it must not be a unit.
@@ -796,6 +797,21 @@ def device_name(device: torch.device) -> str:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_processes(num_processes: int):
+    """
+    Refuses a launch whose processes did not join: each would do all of the work, and write the same files.
+
+    Args:
+        num_processes: how many work together.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but {num_processes} work together. Without a GPU, launch with "
+            "ACCELERATE_USE_CPU=true in the environment."
+        )
 
 
 def share_cores(num_processes: int, num_threads: int | None = None):
