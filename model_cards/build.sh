@@ -37,7 +37,8 @@ release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 \
     --notes model_cards/notes/joint-mae-tiny.md
 head() { # RESULTS NAME: the model of seed 0
     release "outputs/downstream/kicad/$1/seed-0" "$2" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
-        --results "$RESULTS/kicad/$1.json" "$RESULTS/kicad/${1/pretrained/scratch}.json" --notes "model_cards/notes/$2.md"
+        --results "$RESULTS/kicad/$1.json" "$RESULTS/kicad/${1/pretrained/scratch}.json" \
+        "$RESULTS/kicad/${1/pretrained/forest}.json" --notes "model_cards/notes/$2.md"
 }
 head classification-pretrained-1 joint-mae-tiny-kicad-classification
 head part_segmentation-pretrained joint-mae-tiny-kicad-segmentation
