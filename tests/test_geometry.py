@@ -350,9 +350,10 @@ def test_depth_consistency_pulls_on_all_three_coordinates():
 # ---- Interpolation
 
 
-def test_interpolation_weighs_the_three_nearest_centers():
-    points, centers = random_points(1, 20), random_points(1, 6, seed=1)
-    features = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("num_centers", [6, 100])  # by a product, by gathering
+def test_interpolation_weighs_the_three_nearest_centers(num_centers):
+    points, centers = random_points(1, 20), random_points(1, num_centers, seed=1)
+    features = torch.randn(1, num_centers, 4, generator=torch.Generator().manual_seed(0))
     spread = interpolate_features(points, centers, features)[0].numpy()
     distance, nearest = cKDTree(centers[0].numpy()).query(points[0].numpy(), 3)
     weight = 1 / distance**2
