@@ -1095,10 +1095,7 @@ class JointMAESegmentationHead(nn.Module):
         hidden = interpolate_features(points, centers, self.token_proj(tokens) + self.global_proj(whole).unsqueeze(1))
         fine = interpolate_features(points, fine_centers, fine_features)
         hidden = hidden + self.fine_proj(fine) + self.point_proj(points.to(hidden.dtype))
-        hidden = nn.functional.relu(self.norm1(hidden))
-        # Whole channels of a cloud, as in `nn.Dropout1d`: to draw a number for each point, too, takes a CPU as long as
-        # all of the encoder's matrix products.
-        hidden = hidden * self.dropout(torch.ones_like(hidden[:, :1]))
+        hidden = self.dropout(nn.functional.relu(self.norm1(hidden)))
         hidden = nn.functional.relu(self.norm2(self.fc(hidden)))
         return self.out_proj(hidden)
 
