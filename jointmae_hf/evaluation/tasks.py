@@ -286,9 +286,10 @@ class _FrozenTask:
         """
         arguments = self.arguments
         seeds = self._distinct_seeds()
-        kind = self._describe_model(seeds[0])["initialization"]
+        first = seeds[0] if feature_seed is None else feature_seed
+        kind = self._describe_model(first)["initialization"]
         output = Path(arguments.output or f"outputs/{self.name}-{kind}/result.json")
-        finished = _FinishedSeeds(output, self._identity(seeds[0]), self.state)
+        finished = _FinishedSeeds(output, self._identity(first), self.state)
         for seed in seeds:
             if seed in finished.runs:
                 logger.info("Seed %d was measured before this run was stopped.", seed)
@@ -306,7 +307,7 @@ class _FrozenTask:
             settings["C_used"] = [run["C"] for run in runs]
         result = TaskResult(
             task=self.name,
-            model=self._describe_model(seeds[0]),
+            model=self._describe_model(first),
             dataset={
                 "name": arguments.dataset,
                 "config_name": arguments.dataset_config_name,
