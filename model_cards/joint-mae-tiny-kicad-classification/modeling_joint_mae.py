@@ -1090,10 +1090,11 @@ class JointMAESegmentationHead(nn.Module):
         fine_centers: torch.Tensor,
         whole: torch.Tensor,
     ) -> torch.Tensor:
-        # Each part of the first linear layer is applied where it is cheapest: before features are spread to points.
-        hidden = interpolate_features(points, centers, self.token_proj(tokens))
-        hidden = hidden + interpolate_features(points, fine_centers, self.fine_proj(fine_features))
-        hidden = hidden + self.point_proj(points.to(hidden.dtype)) + self.global_proj(whole).unsqueeze(1)
+        # Each part of the first linear layer is applied where it is cheapest: wide features before they are spread to
+        # the points, narrow ones after.
+        hidden = interpolate_features(points, centers, self.token_proj(tokens) + self.global_proj(whole).unsqueeze(1))
+        fine = interpolate_features(points, fine_centers, fine_features)
+        hidden = hidden + self.fine_proj(fine) + self.point_proj(points.to(hidden.dtype))
         hidden = self.dropout(nn.functional.relu(self.norm1(hidden)))
         hidden = nn.functional.relu(self.norm2(self.fc(hidden)))
         return self.out_proj(hidden)

@@ -39,6 +39,9 @@ if getattr(kernels, "INTERFACE", None) != 3:  # these files may have been saved 
 VIEW_AXES = ((0, 1, 2), (2, 0, 1), (1, 2, 0))
 MIN_DEPTH = 0.2
 _EPS = 1e-6
+# Features of so few centres are spread by a product with the matrix of all weights, most of them 0: it costs less than
+# gathering, whose backward pass adds up row by row.
+_FEW_CENTERS = 64
 
 
 def _has_kernel(operator: str, points: torch.Tensor) -> bool:
@@ -519,4 +522,7 @@ def interpolate_features(
     distance = _squared_distance(gather_points(centers.float(), indices), points.float().unsqueeze(2))
     weight = 1.0 / distance.clamp_min(1e-8)
     weight = (weight / weight.sum(-1, keepdim=True)).to(features.dtype)
+    if centers.shape[1] <= _FEW_CENTERS:
+        matrix = weight.new_zeros(*weight.shape[:2], centers.shape[1]).scatter_(2, indices, weight)
+        return matrix @ features
     return (gather_points(features, indices) * weight.unsqueeze(-1)).sum(2)
