@@ -156,11 +156,10 @@ def evaluate_linear_svm(arguments: LinearSvmArguments) -> TaskResult | None:
         if arguments.choose_on_test:
             runs = [linear_svm(train_features, labels, test_features, test.labels, C) for C in arguments.C]
             best = max(range(len(runs)), key=lambda index: runs[index]["accuracy"])
-            task.chosen.append(arguments.C[best])
+            task.C = arguments.C[best]
             return runs[best]
-        C = arguments.C[0] if len(arguments.C) == 1 else _choose_C(train_features, labels, arguments.C, seed)
-        task.chosen.append(C)
-        return linear_svm(train_features, labels, test_features, test.labels, C)
+        task.C = arguments.C[0] if len(arguments.C) == 1 else _choose_C(train_features, labels, arguments.C, seed)
+        return linear_svm(train_features, labels, test_features, test.labels, task.C)
 
     if arguments.baseline == "random_forest":
         protocol = "random forest of 500 trees on shape histograms, fixed beforehand"
@@ -263,7 +262,7 @@ class _FrozenTask:
                 config_name=arguments.dataset_config_name,
             )
         self.split_sizes = {"train": len(self.train), "test": len(self.test), "classes": len(self.train.class_names)}
-        self.chosen: list[float] = []
+        self.C: float | None = None  # of the seed measured last
         self._features: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
 
     def _choose_device(self) -> torch.device:
@@ -287,17 +286,16 @@ class _FrozenTask:
         arguments = self.arguments
         seeds = self._distinct_seeds()
         first = seeds[0] if feature_seed is None else feature_seed
-        kind = self._describe_model(first)["initialization"]
-        output = Path(arguments.output or f"outputs/{self.name}-{kind}/result.json")
-        finished = _FinishedSeeds(output, self._identity(first), self.state)
+        model, made_by = self._describe_model(first), origin(self.device)
+        output = Path(arguments.output or f"outputs/{self.name}-{model['initialization']}/result.json")
+        finished = _FinishedSeeds(output, self._identity(first, made_by), self.state)
         for seed in seeds:
             if seed in finished.runs:
                 logger.info("Seed %d was measured before this run was stopped.", seed)
                 continue
             features = self.features(seed if feature_seed is None else feature_seed)
             if self.state.is_main_process:
-                run = {"metrics": measure(self, seed, *features), "split_sizes": self.split_sizes}
-                run["C"] = self.chosen[-1] if self.chosen else None
+                run = {"metrics": measure(self, seed, *features), "split_sizes": self.split_sizes, "C": self.C}
                 finished.add(seed, run, time.perf_counter() - self.started)
         if not self.state.is_main_process:
             return None
@@ -307,7 +305,7 @@ class _FrozenTask:
             settings["C_used"] = [run["C"] for run in runs]
         result = TaskResult(
             task=self.name,
-            model=self._describe_model(first),
+            model=model,
             dataset={
                 "name": arguments.dataset,
                 "config_name": arguments.dataset_config_name,
@@ -319,7 +317,7 @@ class _FrozenTask:
             protocol=protocol,
             settings=settings,
             chosen_on_test=getattr(arguments, "choose_on_test", False),
-            **provenance([origin(self.device)], finished.earlier_seconds + time.perf_counter() - self.started),
+            **provenance([made_by], finished.earlier_seconds + time.perf_counter() - self.started),
         )
         write_result(result, output)
         finished.remove()
@@ -380,7 +378,7 @@ class _FrozenTask:
         arguments = self.arguments
         return {arguments.train_split: self.train.fingerprint(), arguments.test_split: self.test.fingerprint()}
 
-    def _identity(self, first_seed: int) -> dict[str, Any]:
+    def _identity(self, first_seed: int, made_by: dict[str, Any]) -> dict[str, Any]:
         """What decides the metrics of a seed, for JSON."""
         neutral = ("seeds", "output", "dataset", "model_name_or_path", "device")  # the last three by what they are
         return {
@@ -389,7 +387,7 @@ class _FrozenTask:
             "splits": self._fingerprints(),
             "weights": None if self.is_forest else weights_digest(self._encoder(first_seed)),
             "config": None if self.is_forest else config_fields(self._encoder(first_seed).config),
-            "origin": origin(self.device),
+            "origin": made_by,
         }
 
     def _distinct_seeds(self) -> list[int]:

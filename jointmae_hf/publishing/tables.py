@@ -79,7 +79,7 @@ def results_table(results: list[TaskResult], headlines_only: bool = False) -> st
     used = [kind for kind in WEIGHTS_NAMES if any(kind in row for row in cells.values())]
     head = ["task", "data set", "metric, %", *(WEIGHTS_NAMES[kind] for kind in used)]
     rows = [[*row, *(found.get(kind, "") for kind in used)] for row, found in cells.items()]
-    return _markdown(head, rows, left=3)
+    return _markdown(head, rows, numbers=range(3, len(head)))
 
 
 def check_comparable(results: list[TaskResult], any_share: bool = False):
@@ -130,7 +130,7 @@ def commands_table(results: list[TaskResult], before: Sequence[list[str]] = ()) 
         weights = WEIGHTS_NAMES[result.model["initialization"]]
         how = reproduction(result.command, result.git_commit, result.device, result.seconds)
         rows.append([task_name(result), dataset_name(result), weights, *how])
-    return _markdown(head, rows, left=len(head))
+    return _markdown(head, rows, numbers=range(0))
 
 
 def reproduction(command: str, git_commit: str | None, device: str, seconds: float) -> list[str]:
@@ -163,10 +163,7 @@ def report_table(file: str | Path) -> str:
             rows.append([f"linear SVM, {svm['classes']} classes, %", *accuracies, "the same network untrained"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResultError(f"{file} is not the result of a pre-training run with a report: {error!r}.") from error
-    return "\n".join(
-        "| " + " | ".join(line) + " |"
-        for line in [["", "trained", "compared with", ""], ["---", "---:", "---:", "---"], *rows]
-    )
+    return _markdown(["", "trained", "compared with", ""], rows, numbers=range(1, 3))
 
 
 def task_name(result: TaskResult, with_share: bool = True) -> str:
@@ -216,8 +213,9 @@ def rewrite_block(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}\n\n{content.strip()}\n\n{found[2]}", text)
 
 
-def _markdown(head: list[str], rows: list[list[str]], left: int) -> str:
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
+def _markdown(head: list[str], rows: list[list[str]], numbers: range) -> str:
+    """A table whose columns of numbers are aligned to the right."""
+    rule = ["---:" if column in numbers else "---" for column in range(len(head))]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
 
 

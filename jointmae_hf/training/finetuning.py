@@ -36,7 +36,7 @@ from .. import (
     JointMAEPointCloudProcessor,
 )
 from ..data.augmentation import SAMPLES, Augmentation, apply_affine, counter_generator, normalize_clouds, subsample
-from ..data.collation import EpochBatches
+from ..data.collation import EpochBatches, move_batch
 from ..data.labelled import LabelledClouds, load_labelled_splits, stratified_rows, validation_rows
 from ..data.loading import fixed_subsample
 from ..evaluation.classification import predict_logits, vote
@@ -412,7 +412,7 @@ class FineTuner:
         total = torch.zeros((), device=device)
         for _ in range(accumulation):
             batch, _ = next(batches)
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            batch = move_batch(batch, device)
             with accelerator.accumulate(self.model):
                 if self.threads is not None:
                     loss = self.threads.backward(
