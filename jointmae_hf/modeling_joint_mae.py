@@ -280,6 +280,12 @@ class JointMAEPointEmbeddings(nn.Module):
         return [(k / n) ** 0.5 for k, n in zip(self.num_neighbors, populations, strict=True)]
 
 
+def keep_variance(*layers: nn.Linear):
+    """Has linear layers drawn such that they keep the variance: 0.02 would shrink what narrow ones get to nothing."""
+    for layer in layers:
+        layer.init_std = layer.in_features**-0.5
+
+
 class JointMAEGroupEmbedding(nn.Module):
     """A small PointNet with two stages: `(batch, groups, k, 3)` to `(batch, groups, point_embed_sizes[0])`."""
 
@@ -292,6 +298,7 @@ class JointMAEGroupEmbedding(nn.Module):
         self.pooled_proj = nn.Linear(width, width)
         self.feature_proj = nn.Linear(width, width, bias=False)
         self.second_fc = nn.Linear(width, width)
+        keep_variance(self.point_proj, self.first_fc, self.pooled_proj, self.feature_proj, self.second_fc)
         self.activation_fn = ACT2FN[config.hidden_act]
 
     def forward(self, groups: torch.Tensor) -> torch.Tensor:
@@ -311,6 +318,7 @@ class JointMAEGroupMerging(GradientCheckpointingLayer):
         # Applied before the gather, so once for each child and not once for each slot.
         self.feature_proj = nn.Linear(config.point_embed_sizes[scale - 1], width, bias=False)
         self.fc = nn.Linear(width, width)
+        keep_variance(self.offset_proj, self.feature_proj, self.fc)
         self.activation_fn = ACT2FN[config.hidden_act]
 
     def forward(self, features: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -339,6 +347,7 @@ class JointMAEImageEmbeddings(nn.Module):
                 for stride, width, out in zip(config.patch_strides, fan_in, config.image_embed_sizes, strict=True)
             ]
         )
+        keep_variance(*self.projections)
         self.blocks = nn.ModuleList(
             [
                 JointMAEConvLayer(config, scale)
@@ -400,6 +409,7 @@ class JointMAEPositionEmbeddings(nn.Module):
         self.grid_size = config.image_size // config.patch_size
         self.fc1 = nn.Linear(3, width)
         self.fc2 = nn.Linear(width, width)
+        keep_variance(self.fc1, self.fc2)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.image_positions = nn.Buffer(sincos_2d(self.grid_size, width), persistent=False)
 
@@ -552,14 +562,9 @@ class JointMAEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, (JointMAEGroupEmbedding, JointMAEGroupMerging, JointMAEPositionEmbeddings)):
-            # Narrow layers over coordinates: 0.02 would shrink them to nothing, so keep the variance instead.
-            for layer in module.children():
-                if isinstance(layer, nn.Linear):
-                    init.normal_(layer.weight, std=layer.in_features**-0.5)
-        elif isinstance(module, JointMAEImageEmbeddings):
-            for layer in module.projections:
-                init.normal_(layer.weight, std=layer.in_features**-0.5)
+        # A layer says so itself: of custom code, transformers skips modules that hold no parameter of their own.
+        if hasattr(module, "init_std"):
+            init.normal_(module.weight, std=module.init_std)
         if isinstance(module, JointMAEPositionEmbeddings):
             init.copy_(module.image_positions, sincos_2d(module.grid_size, module.image_positions.shape[-1]))
         elif isinstance(module, (JointMAEModel, JointMAEDecoder)):

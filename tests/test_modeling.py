@@ -876,3 +876,25 @@ def test_configuration_survives_json(tmp_path):
 def test_wrong_configurations_name_the_field(field, value, expected):
     with pytest.raises(Exception, match=rf"`{field}` is .*expected .*{expected}"):
         tiny_config(**{field: value})
+
+
+# ---- Initial weights
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_narrow_layers_are_drawn_to_keep_the_variance(tmp_path, loaded):
+    """Of custom code, transformers skips `_init_weights` of modules that hold no parameter of their own."""
+    config = tiny_config(point_embed_sizes=[64, 64], image_embed_sizes=[64, 64], hidden_size=64)
+    model = build(JointMAEForPreTraining, config)
+    if loaded:  # what a file lacks is drawn likewise
+        heads = JointMAEForPartSegmentation(config)
+        weights = {name: tensor for name, tensor in heads.state_dict().items() if "point_embeddings" not in name}
+        heads.save_pretrained(tmp_path, state_dict=weights)
+        model = JointMAEForPartSegmentation.from_pretrained(tmp_path)
+    embedding = model.joint_mae.point_embeddings
+    layers = [*embedding.group_embedding.children(), *embedding.mergers[0].children()]
+    if not loaded:
+        layers += [*model.joint_mae.image_embeddings.projections, model.joint_mae.position_embeddings.fc2]
+    for layer in (layer for layer in layers if isinstance(layer, nn.Linear)):
+        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.25)
+    assert model.joint_mae.layers[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
