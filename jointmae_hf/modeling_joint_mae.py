@@ -48,6 +48,7 @@ from .geometry_joint_mae import (
     group_nearest,
     interpolate_features,
     multiscale_groups,
+    neighborhood_moments,
     patch_index,
     project_depth,
     project_points,
@@ -1070,21 +1071,30 @@ class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
 
 class JointMAESegmentationHead(nn.Module):
     """
-    A shared MLP over each point: the features of its nearest groups, coarse and fine, its coordinates, and the whole.
+    A shared MLP over each point: the features of its nearest groups, coarse and fine, its place, the shape of its
+    surroundings, and the class of the object, if the head is told. All of these begin with about the same weight.
+
+    It is not given the pooled features: they tell one training shape from another, and the tokens know the whole.
     """
 
     def __init__(self, config: JointMAEConfig):
         super().__init__()
-        width = config.classifier_hidden_size
+        width, fine_width = config.classifier_hidden_size, config.point_embed_sizes[0]
         self.token_proj = nn.Linear(config.hidden_size, width)
-        self.fine_proj = nn.Linear(config.point_embed_sizes[0], width, bias=False)
-        self.point_proj = nn.Linear(3, width, bias=False)
-        self.global_proj = nn.Linear(config.pooled_size + config.num_object_classes, width)
+        self.fine_norm = nn.LayerNorm(fine_width, eps=config.layer_norm_eps)
+        self.fine_proj = nn.Linear(fine_width, width, bias=False)
+        self.neighborhood_sizes = config.segmentation_neighbors
+        self.point_proj = nn.Linear(3 + 10 * len(self.neighborhood_sizes), width, bias=False)
+        num_classes = config.num_object_classes
+        self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out_proj = nn.Linear(width, config.num_labels)
+        keep_variance(self.token_proj, self.fine_proj, self.point_proj, self.fc)
+        if num_classes:
+            self.class_embedding.init_std = 1.0
 
     def forward(
         self,
@@ -1093,13 +1103,21 @@ class JointMAESegmentationHead(nn.Module):
         centers: torch.Tensor,
         fine_features: torch.Tensor,
         fine_centers: torch.Tensor,
-        whole: torch.Tensor,
+        object_class: torch.Tensor | None = None,
+        point_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # Each part of the first linear layer is applied where it is cheapest: wide features before they are spread to
         # the points, narrow ones after.
-        hidden = interpolate_features(points, centers, self.token_proj(tokens) + self.global_proj(whole).unsqueeze(1))
-        fine = interpolate_features(points, fine_centers, fine_features)
-        hidden = hidden + self.fine_proj(fine) + self.point_proj(points.to(hidden.dtype))
+        coarse = self.token_proj(tokens)
+        if self.class_embedding is not None:
+            coarse = coarse + self.class_embedding(object_class).unsqueeze(1)
+        hidden = interpolate_features(points, centers, coarse)
+        fine = interpolate_features(points, fine_centers, self.fine_norm(fine_features))
+        place = 2 * points  # of variance 1, about
+        if self.neighborhood_sizes:
+            moments = neighborhood_moments(points, self.neighborhood_sizes, point_mask)
+            place = torch.cat([place, 5 * moments], dim=-1)
+        hidden = hidden + self.fine_proj(fine) + self.point_proj(place.to(hidden.dtype))
         hidden = self.dropout(nn.functional.relu(self.norm1(hidden)))
         hidden = nn.functional.relu(self.norm2(self.fc(hidden)))
         return self.out_proj(hidden)
@@ -1144,18 +1162,16 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
         outputs = encoder_outputs
         if outputs is None:
             outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
-        whole = outputs.pooler_output
         if self.config.num_object_classes > 0:
             self._check_object_class(object_class, point_values.shape[0])
-            one_hot = nn.functional.one_hot(object_class, self.config.num_object_classes)
-            whole = torch.cat([whole, one_hot.to(whole.dtype)], dim=-1)
         logits = self.segmenter(
             point_values,
             outputs.last_hidden_state,
             outputs.centers,
             outputs.fine_features,
             outputs.fine_centers,
-            whole,
+            object_class,
+            point_mask,
         )
         loss = None
         if labels is not None:

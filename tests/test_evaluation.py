@@ -182,6 +182,9 @@ def test_descriptors_tell_a_line_a_plane_and_a_ball_apart():
         assert (shares[0, :, 0] > 0.999).all() and (shares[1, :, 2] < 1e-4).all()
         assert shares[2, :, 2].mean() > 0.05 and shares[1, :, 1].mean() > 0.4
         assert (described[1, :, first + 6] > 0.999).all()  # the plane's normal is z
+    chosen = torch.tensor([[7, 3], [0, 299], [5, 5]])
+    few = described.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 34))
+    assert torch.allclose(point_descriptors(points, chosen=chosen), few, atol=1e-6)
 
 
 def test_descriptors_do_not_see_padding():

@@ -194,6 +194,17 @@ def test_of_a_model_with_a_head_only_the_encoder_is_taken_on(make, pretrained, t
     assert model.config.classifier_num_layers == 3
 
 
+def test_the_encoder_can_learn_slower_than_the_head(make, pretrained, tmp_path):
+    moved = {}
+    for name, scale in (("fast", 1.0), ("slow", 1e-3)):
+        result = finetune_classification(make(name, encoder_lr_scale=scale, max_steps=2, validation_fraction=0.0))
+        before, after = weights(Path(pretrained)), weights(tmp_path / name / "seed-0")
+        layer = "joint_mae.layers.0.mlp.fc1.weight"
+        moved[name] = (after[layer] - before[layer]).abs().max().item()
+    assert 0 < moved["slow"] < 0.01 * moved["fast"]
+    assert "learning rate 0.0005 (5e-07 for the encoder)" in result.protocol
+
+
 def test_every_seed_is_a_run_of_its_own_in_one_result(make, tmp_path):
     result = finetune_classification(make("both", seeds=[0, 1]))
     alone = finetune_classification(make("alone", seeds=[1]))

@@ -15,6 +15,7 @@ from jointmae_hf.geometry_joint_mae import (
     group_points,
     interpolate_features,
     knn,
+    neighborhood_moments,
     patch_index,
     project_depth,
     project_points,
@@ -366,3 +367,45 @@ def test_interpolation_gives_a_center_its_own_feature():
     centers = random_points(1, 6)
     features = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(interpolate_features(centers, centers, features), features, atol=1e-5, rtol=0)
+
+
+# ---- Moments of neighbourhoods
+
+
+def test_moments_are_those_of_the_nearest_points():
+    points = random_points(2, 60)
+    found = neighborhood_moments(points, (5, 24)).double().numpy().reshape(2, 60, 2, 10)
+    for cloud, rows in zip(points.double().numpy(), found, strict=True):
+        nearest = cKDTree(cloud).query(cloud, 24)[1]
+        for position, size in enumerate((5, 24)):
+            groups = cloud[nearest[:, :size]]
+            covariance = np.stack([np.cov(group.T, bias=True) for group in groups])
+            trace = np.trace(covariance, axis1=1, axis2=2)[:, None]
+            shape = covariance / trace[:, None] - np.eye(3) / 3
+            picked = shape[:, [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]]
+            extent = np.log(trace / (size / 60)) / 2
+            offset = (groups.mean(1) - cloud) / np.sqrt(trace)
+            expected = np.concatenate([picked, extent, offset], axis=1)
+            np.testing.assert_allclose(rows[:, position], expected, atol=1e-4)
+
+
+def test_extents_of_neighbourhoods_do_not_depend_on_the_density():
+    few, many = (
+        neighborhood_moments(sphere(num_points), (16, 64)).view(num_points, 2, 10) for num_points in (512, 4096)
+    )
+    torch.testing.assert_close(few[..., 6].mean(0), many[..., 6].mean(0), atol=0.1, rtol=0)  # log 8 / 2 is 1.04
+
+
+def test_moments_do_not_see_padding():
+    points = random_points(1, 20)
+    padded = torch.cat([points, points.new_full((1, 5, 3), 0.1)], dim=1)
+    mask = torch.arange(25) < 20
+    for sizes in ((4, 16), (8, 64)):
+        found = neighborhood_moments(padded, sizes, mask[None])
+        torch.testing.assert_close(found[:, :20], neighborhood_moments(points, sizes), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9])
+def test_moments_of_equal_points_are_those_of_a_ball(scale):
+    found = neighborhood_moments(scale * random_points(1, 8), (4,))
+    assert found[..., :6].abs().max() == 0 and (found[..., 6] == -3).all() and found[..., 7:].abs().max() < 1e-2

@@ -898,3 +898,15 @@ def test_narrow_layers_are_drawn_to_keep_the_variance(tmp_path, loaded):
     for layer in (layer for layer in layers if isinstance(layer, nn.Linear)):
         assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.25)
     assert model.joint_mae.layers[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_segmentation_head_hears_all_of_its_inputs_alike():
+    config = tiny_config(num_object_classes=5, classifier_hidden_size=64)
+    model = build(JointMAEForPartSegmentation, config)
+    heard = {}
+    for name, layer in model.segmenter.named_children():
+        if name.endswith(("_proj", "_embedding")) and name != "out_proj":
+            layer.register_forward_hook(lambda _, __, output, name=name: heard.update({name: output.std().item()}))
+    model(clouds(8), object_class=torch.arange(8) % 5)
+    assert heard.keys() == {"token_proj", "fine_proj", "point_proj", "class_embedding"}
+    assert max(heard.values()) < 3 * min(heard.values())

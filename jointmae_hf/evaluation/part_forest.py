@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..data.augmentation import counter_generator
 from ..geometry_joint_mae import gather_points, knn
@@ -27,23 +28,27 @@ _SIZES = (16, 48, 128)
 _CHOSEN = 68  # purpose of random numbers, beside those of `data.augmentation`, `data.labelled` and `histograms`
 
 
-def point_descriptors(points: torch.Tensor, point_mask: torch.Tensor | None = None) -> torch.Tensor:
+def point_descriptors(
+    points: torch.Tensor, point_mask: torch.Tensor | None = None, chosen: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Descriptors of points.
 
     Args:
         points: float32 `(clouds, num_points, 3)`, normalised.
         point_mask: optional boolean `(clouds, num_points)`, true for real points.
+        chosen: optional int64 `(clouds, m)`, the points to describe; all when left out.
 
     Returns:
-        float32 `(clouds, num_points, 34)`.
+        float32 `(clouds, m or num_points, 34)`.
     """
     mask = torch.ones(points.shape[:2], dtype=torch.bool) if point_mask is None else point_mask
     weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1)
-    radius = (points - (weights * points).sum(1, keepdim=True)).norm(dim=-1, keepdim=True)
-    nearest = knn(points, points, min(max(_SIZES), points.shape[1]), point_mask)
+    described = points if chosen is None else gather_points(points, chosen)
+    radius = (described - (weights * points).sum(1, keepdim=True)).norm(dim=-1, keepdim=True)
+    nearest = knn(described, points, min(max(_SIZES), points.shape[1]), point_mask)
     neighbours = gather_points(points, nearest)
-    parts = [points, radius]
+    parts = [described, radius]
     for size in _SIZES:
         group = neighbours[:, :, :size]
         mean = group.mean(2)
@@ -52,7 +57,7 @@ def point_descriptors(points: torch.Tensor, point_mask: torch.Tensor | None = No
         small, middle, large = values.clamp(min=0).unbind(-1)
         largest = large.clamp(min=1e-12)
         ratios = torch.stack([large - middle, middle - small, small], dim=-1) / largest.unsqueeze(-1)
-        parts += [ratios, (small + middle + large).unsqueeze(-1), directions[..., 0].abs(), points - mean]
+        parts += [ratios, (small + middle + large).unsqueeze(-1), directions[..., 0].abs(), described - mean]
     return torch.cat(parts, dim=-1)
 
 
@@ -78,7 +83,13 @@ class PartForest(nn.Module):
         self.seed = seed
         self.forest = RandomForestClassifier(NUM_TREES, random_state=seed, n_jobs=-1)
 
-    def fit(self, points: torch.Tensor, part_labels: torch.Tensor, object_class: torch.Tensor | None = None):
+    def fit(
+        self,
+        points: torch.Tensor,
+        part_labels: torch.Tensor,
+        object_class: torch.Tensor | None = None,
+        progress: str | None = None,
+    ):
         """
         Learns from some points of each shape.
 
@@ -86,14 +97,14 @@ class PartForest(nn.Module):
             points: `(clouds, num_points, 3)`, normalised.
             part_labels: `(clouds, num_points)`; -100 where a point has none.
             object_class: `(clouds,)`, if the forest is told.
+            progress: name of a progress bar over the shapes; none is shown when left out.
         """
         features, labels = [], []
-        for row in range(len(points)):
+        for row in tqdm(range(len(points)), progress, leave=False, disable=progress is None, unit="shape"):
             given = None if object_class is None else object_class[row : row + 1]
-            described = self._describe(points[row : row + 1], given)[0]
             chosen = counter_generator(self.seed, _CHOSEN, 0, row).permutation(points.shape[1])[:POINTS_OF_A_SHAPE]
-            chosen = chosen[part_labels[row, chosen].numpy() >= 0]
-            features.append(described[chosen])
+            chosen = torch.from_numpy(chosen[part_labels[row, chosen].numpy() >= 0])
+            features.append(self._describe(points[row : row + 1], given, chosen=chosen[None])[0])
             labels.append(part_labels[row, chosen])
         self.forest.fit(torch.cat(features).numpy(), torch.cat(labels).numpy())
 
@@ -112,10 +123,14 @@ class PartForest(nn.Module):
         return SimpleNamespace(logits=logits.view(*described.shape[:2], self.num_parts))
 
     def _describe(
-        self, points: torch.Tensor, object_class: torch.Tensor | None, point_mask: torch.Tensor | None = None
+        self,
+        points: torch.Tensor,
+        object_class: torch.Tensor | None,
+        point_mask: torch.Tensor | None = None,
+        chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        described = point_descriptors(points, point_mask)
+        described = point_descriptors(points, point_mask, chosen)
         if object_class is None:
             return described
         told = nn.functional.one_hot(object_class, self.config.num_object_classes).to(described.dtype)
-        return torch.cat([described, told.unsqueeze(1).expand(-1, points.shape[1], -1)], dim=-1)
+        return torch.cat([described, told.unsqueeze(1).expand(-1, described.shape[1], -1)], dim=-1)

@@ -19,6 +19,7 @@ def segment_clouds(
     allowed_parts: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    progress: str | None = None,
 ) -> list[np.ndarray]:
     """
     The part of every point of clouds of any size.
@@ -34,6 +35,7 @@ def segment_clouds(
         allowed_parts: boolean `(object classes, parts)`: what each class can consist of; everything when left out.
         seed: fixes the subsamples.
         batch_size: clouds at a time.
+        progress: name of a progress bar over the batches; none is shown when left out.
 
     Returns:
         int64 `(n,)` for each cloud.
@@ -64,7 +66,7 @@ def segment_clouds(
     was_training = model.training
     model.eval()
     try:
-        return sum(map_batches(parts_of, len(clouds), batch_size, device), [])
+        return sum(map_batches(parts_of, len(clouds), batch_size, device, progress), [])
     finally:
         model.train(was_training)
 

@@ -69,7 +69,7 @@ from .checkpoints import (
     save_model_folder,
 )
 from .finetuning_arguments import ClassificationArguments, FineTuningArguments, SegmentationArguments
-from .optimization import build_optimizer, learning_rate_at
+from .optimization import build_optimizer, learning_rate_at, set_learning_rate
 from .pretraining import (
     RESULT,
     LossMeter,
@@ -269,7 +269,9 @@ class FineTuner:
         self.is_frozen = arguments.head != "full"
         if self.is_frozen:
             self.raw_model.joint_mae.requires_grad_(False)
-        self.raw_optimizer = build_optimizer(self.raw_model, arguments.learning_rate, arguments.weight_decay, _BETAS)
+        self.raw_optimizer = build_optimizer(
+            self.raw_model, arguments.learning_rate, arguments.weight_decay, _BETAS, arguments.encoder_lr_scale
+        )
         self.threads = self._build_threads()
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         if any(is_spread(parameter) for parameter in self.raw_model.parameters()):
@@ -407,8 +409,7 @@ class FineTuner:
         accelerator, arguments = self.accelerator, self.arguments
         device, accumulation = accelerator.device, arguments.gradient_accumulation_steps
         torch.manual_seed(step_seed(self.seed, step, accelerator.process_index))
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
+        set_learning_rate(self.raw_optimizer, self._learning_rate(step))
         total = torch.zeros((), device=device)
         for _ in range(accumulation):
             batch, _ = next(batches)
@@ -628,6 +629,7 @@ def measure_parts(
     predictable_parts: np.ndarray,
     scored_parts: np.ndarray,
     seed: int,
+    progress: str | None = None,
 ) -> dict[str, float]:
     """
     Metrics of part segmentation, in percent.
@@ -640,11 +642,12 @@ def measure_parts(
         predictable_parts: boolean `(classes, parts)`: those.
         scored_parts: likewise, those over which the intersection over union is averaged.
         seed: fixes the subsamples.
+        progress: name of a progress bar over the batches; none is shown when left out.
     """
     clouds = [data.clouds[index] for index in range(len(data))]
     parts = [data.parts(index) for index in range(len(data))]
     given = (data.labels, predictable_parts if use_object_class else None)
-    found = segment_clouds(model, clouds, num_points, *given, seed=seed)
+    found = segment_clouds(model, clouds, num_points, *given, seed=seed, progress=progress)
     return segmentation_metrics(found, parts, data.labels, scored_parts)
 
 
@@ -671,7 +674,8 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
     for seed in arguments.seeds:
         shapes = _fold(arguments, data, seed) if is_few_shot else data
         if is_forest:
-            runs.append(_run_forest(arguments, seed, *shapes) | {"origins": [origin(accelerator.device)]})
+            found = _run_forest(arguments, seed, *shapes, accelerator.is_main_process)
+            runs.append(found | {"origins": [origin(accelerator.device)]})
         else:
             runs.append(tuner_class(arguments, seed, shapes).run())
     accelerator.wait_for_everyone()
@@ -721,7 +725,7 @@ def _fold(
 
 
 def _run_forest(
-    arguments: FineTuningArguments, seed: int, train: LabelledClouds, test: LabelledClouds
+    arguments: FineTuningArguments, seed: int, train: LabelledClouds, test: LabelledClouds, show_progress: bool
 ) -> dict[str, Any]:
     """The baseline on the shapes that a network would be trained on."""
     started = time.perf_counter()
@@ -729,7 +733,7 @@ def _run_forest(
     kept, held_out = validation_rows(train.labels[rows], arguments.validation_fraction, seed)
     learned = train.select(rows[kept])
     if isinstance(arguments, SegmentationArguments):
-        metrics, num_points = _segment_by_forest(arguments, seed, learned, train, test)
+        metrics, num_points = _segment_by_forest(arguments, seed, learned, train, test, show_progress)
     else:
         num_points = arguments.num_points
         features = [shape_histograms(fixed_subsample(part.clouds, num_points, seed), seed) for part in (learned, test)]
@@ -744,7 +748,12 @@ def _run_forest(
 
 
 def _segment_by_forest(
-    arguments: SegmentationArguments, seed: int, learned: LabelledClouds, train: LabelledClouds, test: LabelledClouds
+    arguments: SegmentationArguments,
+    seed: int,
+    learned: LabelledClouds,
+    train: LabelledClouds,
+    test: LabelledClouds,
+    show_progress: bool,
 ) -> tuple[dict[str, float], int]:
     """Metrics of the forest on points, and how many points of a cloud it is given."""
     num_points = min(arguments.num_points, train.clouds.largest_size)
@@ -754,8 +763,10 @@ def _segment_by_forest(
         [learned.clouds[index] for index in range(len(learned))], [(0, index) for index in range(len(learned))]
     )
     forest = PartForest(len(train.part_names), len(train.class_names) if told else 0, seed)
-    forest.fit(batch["point_values"], batch["labels"], batch.get("object_class"))
-    return measure_parts(forest, test, num_points, told, known_parts(learned), known_parts(train), seed), num_points
+    train_bar, test_bar = (f"seed {seed}, {name}" if show_progress else None for name in ("train", "test"))
+    forest.fit(batch["point_values"], batch["labels"], batch.get("object_class"), train_bar)
+    parts = known_parts(learned), known_parts(train)
+    return measure_parts(forest, test, num_points, told, *parts, seed, test_bar), num_points
 
 
 def _describe_model(arguments: FineTuningArguments, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -801,10 +812,12 @@ def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
         augmentation = arguments.augmentation
         if augmentation == "scale_translate":
             augmentation += f", scales {arguments.scale_min:.3g} to {arguments.scale_max:.3g}"
+        scale = arguments.encoder_lr_scale
+        slower = f" ({scale * arguments.learning_rate:g} for the encoder)" if scale != 1 else ""
         words = [
             f"fine-tuned ({what[arguments.head]})",
             f"{run['steps']:,} steps of {run['batch_size']} shapes ({augmentation})",
-            f"AdamW, learning rate {arguments.learning_rate:g}, weight decay {arguments.weight_decay:g}",
+            f"AdamW, learning rate {arguments.learning_rate:g}{slower}, weight decay {arguments.weight_decay:g}",
             f"{run['num_points']:,} points",
             "last step reported",
         ]

@@ -65,6 +65,9 @@ class FineTuningArguments:
     )
     gradient_accumulation_steps: int = _argument(1, "Forward passes of a process to an optimizer step.")
     learning_rate: float = _argument(5e-4, "Highest learning rate: warm-up to it, then cosine to 0.")
+    encoder_lr_scale: float = _argument(
+        1.0, "Learning rate of the encoder as a share of the head's: less keeps more of what it learned before."
+    )
     warmup_ratio: float = _argument(1 / 30, "Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = _argument(0.05, "Weight decay of matrices; biases, norms and tokens have none.")
     max_grad_norm: float = _argument(10.0, "Gradients are clipped to this norm; 0 leaves them.")
@@ -96,7 +99,14 @@ class FineTuningArguments:
     )
 
     def __post_init__(self):
-        for name in ("num_points", "batch_size", "gradient_accumulation_steps", "epochs", "learning_rate"):
+        for name in (
+            "num_points",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "epochs",
+            "learning_rate",
+            "encoder_lr_scale",
+        ):
             self._require(name, getattr(self, name) > 0, "more than 0")
         for name in ("eval_epochs", "logging_steps"):
             self._require(name, getattr(self, name) > 0, "more than 0")

@@ -13,20 +13,39 @@ _TOKENS = ("mask_tokens", "modality_embeddings")
 
 
 def build_optimizer(
-    model: PreTrainedModel, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: PreTrainedModel,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    encoder_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and kernels only."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+    """AdamW with weight decay on matrices and kernels only; of a model with a head, the encoder may learn slower."""
+    groups = parameter_groups(model, weight_decay, encoder_lr_scale)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    set_learning_rate(optimizer, learning_rate)
+    return optimizer
 
 
-def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: those that are decayed, and biases, norms and learned tokens [relative]."""
-    decayed, spared = [], []
+def parameter_groups(model: PreTrainedModel, weight_decay: float, encoder_lr_scale: float = 1.0) -> list[dict]:
+    """
+    Trainable parameters in groups: those that are decayed, and biases, norms and learned tokens [relative], each of
+    these again in two if the encoder has a learning rate of its own.
+    """
+    groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_spared = parameter.ndim <= 1 or name.rpartition(".")[2] in _TOKENS
-            (spared if is_spared else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+            lr_scale = encoder_lr_scale if name.startswith(f"{model.base_model_prefix}.") else 1.0
+            decay = 0.0 if is_spared else weight_decay
+            group = {"params": [], "weight_decay": decay, "lr_scale": lr_scale}
+            groups.setdefault((lr_scale, decay), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float):
+    """Gives each group its share of a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
 
 
 def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:

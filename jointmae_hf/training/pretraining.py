@@ -64,7 +64,7 @@ from .checkpoints import (
     whole_weights,
 )
 from .flops import peak_flops, training_flops
-from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms
+from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms, set_learning_rate
 from .prefetch import prefetch
 from .sharding import is_spread, whole
 from .signals import StopSignals
@@ -528,8 +528,7 @@ class PreTrainer:
         accelerator, arguments = self.accelerator, self.arguments
         device, accumulation = accelerator.device, self.layout["accumulation"]
         torch.manual_seed(step_seed(arguments.seed, step, accelerator.process_index))
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
+        set_learning_rate(self.raw_optimizer, self._learning_rate(step))
         total, grad_norms = torch.zeros(len(self.terms), device=device), {}
         for part in range(accumulation):
             batch, self.progress.position = next(batches)
