@@ -11,7 +11,8 @@ random forest on shape histograms, or on descriptors of points where parts are t
 stands beside one on the same network untrained, too.
 
 Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 800 steps (600 for parts) of
-32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share.
+32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share. A pre-trained encoder learns at a tenth of the rate
+of its head, a new one at the default rate; each is the better one on held-out training shapes (benchmarks/log.md).
 
 `--data` is a folder with a train and a test split (without it KiCad parts), or an npz of `points` (n, any, 3),
 `labels`, `class_names` and `is_test`, of which a folder is made in outputs/ first.
@@ -32,6 +33,8 @@ FRACTIONS = (0.01, 0.05, 0.1, 0.5, 1.0)
 SEEDS = ("--seeds", "0", "1", "2")
 STEPS = {"classification": 800, "part_segmentation": 600}
 RECIPE = ("--validation_fraction", "0", "--mixed_precision", "bf16", "--scale_min", "0.8", "--scale_max", "1.25")
+RECIPE += ("--config_overrides", "classifier_dropout=0.1")
+HEAD_RATE = ("--learning_rate", "2e-3")
 
 
 def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]:
@@ -51,7 +54,8 @@ def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]
                 yield "few_shot", f"{kind}-{ways}-{shots}", ["few_shot.py", *source, *sizes]
     for kind, source in frozen[:2]:
         yield "retrieval", kind, ["retrieval.py", *source, *SEEDS]
-    tuned = (("pretrained", pretrained), ("scratch", [*pretrained, "--from_scratch"]))
+    scratch = [*pretrained, "--from_scratch"]
+    tuned = (("pretrained", [*pretrained, *HEAD_RATE, "--encoder_lr_scale", "0.1"]), ("scratch", scratch))
     length = {task: ["--max_steps", str(steps), *RECIPE, *SEEDS] for task, steps in STEPS.items()}
     for fraction, share in shares.items():
         for kind, source in tuned:
@@ -61,10 +65,10 @@ def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]
         yield "classification", f"forest-{fraction:g}", command
     if is_kicad:  # the set that has parts
         for kind, source in tuned:
-            command = ["finetune_segmentation.py", *source, *length["part_segmentation"]]
+            yield "part_segmentation", kind, ["finetune_segmentation.py", *source, *length["part_segmentation"]]
+        for kind, source in (("frozen-pretrained", pretrained), ("frozen-untrained", scratch)):
+            command = ["finetune_segmentation.py", *source, *length["part_segmentation"], *HEAD_RATE, "--head", "mlp"]
             yield "part_segmentation", kind, command
-            frozen_kind = "untrained" if kind == "scratch" else kind
-            yield "part_segmentation", f"frozen-{frozen_kind}", [*command, "--head", "mlp"]
         command = ["finetune_segmentation.py", *forest, "--validation_fraction", "0", *SEEDS]
         yield "part_segmentation", "forest", command
 

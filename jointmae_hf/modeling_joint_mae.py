@@ -1007,19 +1007,34 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         return torch.zeros(masked.shape[0], total, device=masked.device).scatter(1, masked, 1.0)
 
 
+class JointMAEBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation that takes a batch of one in training, too, by the statistics so far."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and features.shape[0] == 1:
+            statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+            return nn.functional.batch_norm(features, *statistics, eps=self.eps)
+        return super().forward(features)
+
+
 class JointMAEClassificationHead(nn.Module):
-    """256-256-classes with batch normalisation, ReLU and dropout, on concatenated mean and maximum [relative]."""
+    """
+    256-256-classes with batch normalisation, ReLU and dropout [relative], on pooled features that are standardised, as
+    those of MAE are for a linear classifier [relative].
+    """
 
     def __init__(self, config: JointMAEConfig):
         super().__init__()
         num_hidden, width = config.classifier_num_layers - 1, config.classifier_hidden_size
         sizes = [config.pooled_size] + [width] * num_hidden
+        self.input_norm = JointMAEBatchNorm(config.pooled_size, affine=False)
         self.hidden_layers = nn.ModuleList([nn.Linear(size, width) for size in sizes[:-1]])
-        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for _ in range(num_hidden)])
+        self.norms = nn.ModuleList([JointMAEBatchNorm(width) for _ in range(num_hidden)])
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out_proj = nn.Linear(sizes[-1], config.num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.input_norm(features)
         for layer, norm in zip(self.hidden_layers, self.norms, strict=True):
             features = self.dropout(nn.functional.relu(norm(layer(features))))
         return self.out_proj(features)

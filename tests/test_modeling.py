@@ -910,3 +910,16 @@ def test_a_segmentation_head_hears_all_of_its_inputs_alike():
     model(clouds(8), object_class=torch.arange(8) % 5)
     assert heard.keys() == {"token_proj", "fine_proj", "point_proj", "class_embedding"}
     assert max(heard.values()) < 3 * min(heard.values())
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_classifier_does_not_depend_on_the_scale_of_features_and_trains_on_one_cloud(layers):
+    model = build(
+        JointMAEForPointCloudClassification, tiny_config(classifier_num_layers=layers, classifier_dropout=0.0)
+    )
+    head, features = model.classifier.train(), torch.randn(16, model.config.pooled_size)
+    scales = torch.logspace(-1, 2, model.config.pooled_size)
+    torch.testing.assert_close(head(features * scales + 3), head(features), atol=2e-3, rtol=0)
+    loss = model.train()(clouds(1), labels=torch.tensor([1])).loss
+    loss.backward()
+    assert loss.isfinite() and model.joint_mae.layers[0].mlp.fc1.weight.grad.norm() > 0
