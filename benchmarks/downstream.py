@@ -11,8 +11,8 @@ random forest on shape histograms, or on descriptors of points where parts are t
 stands beside one on the same network untrained, too.
 
 Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 800 steps (600 for parts) of
-32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share. A pre-trained encoder learns at a tenth of the rate
-of its head, a new one at the default rate; each is the better one on held-out training shapes (benchmarks/log.md).
+32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share, at a learning rate of 2e-3, a tenth of it for an encoder
+that is pre-trained: chosen on held-out training shapes (benchmarks/log.md).
 
 `--data` is a folder with a train and a test split (without it KiCad parts), or an npz of `points` (n, any, 3),
 `labels`, `class_names` and `is_test`, of which a folder is made in outputs/ first.
@@ -33,8 +33,7 @@ FRACTIONS = (0.01, 0.05, 0.1, 0.5, 1.0)
 SEEDS = ("--seeds", "0", "1", "2")
 STEPS = {"classification": 800, "part_segmentation": 600}
 RECIPE = ("--validation_fraction", "0", "--mixed_precision", "bf16", "--scale_min", "0.8", "--scale_max", "1.25")
-RECIPE += ("--config_overrides", "classifier_dropout=0.1")
-HEAD_RATE = ("--learning_rate", "2e-3")
+RECIPE += ("--learning_rate", "2e-3", "--config_overrides", "classifier_dropout=0.1")
 
 
 def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]:
@@ -55,7 +54,7 @@ def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]
     for kind, source in frozen[:2]:
         yield "retrieval", kind, ["retrieval.py", *source, *SEEDS]
     scratch = [*pretrained, "--from_scratch"]
-    tuned = (("pretrained", [*pretrained, *HEAD_RATE, "--encoder_lr_scale", "0.1"]), ("scratch", scratch))
+    tuned = (("pretrained", [*pretrained, "--encoder_lr_scale", "0.1"]), ("scratch", scratch))
     length = {task: ["--max_steps", str(steps), *RECIPE, *SEEDS] for task, steps in STEPS.items()}
     for fraction, share in shares.items():
         for kind, source in tuned:
@@ -67,7 +66,7 @@ def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]
         for kind, source in tuned:
             yield "part_segmentation", kind, ["finetune_segmentation.py", *source, *length["part_segmentation"]]
         for kind, source in (("frozen-pretrained", pretrained), ("frozen-untrained", scratch)):
-            command = ["finetune_segmentation.py", *source, *length["part_segmentation"], *HEAD_RATE, "--head", "mlp"]
+            command = ["finetune_segmentation.py", *source, *length["part_segmentation"], "--head", "mlp"]
             yield "part_segmentation", kind, command
         command = ["finetune_segmentation.py", *forest, "--validation_fraction", "0", *SEEDS]
         yield "part_segmentation", "forest", command
