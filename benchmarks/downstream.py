@@ -11,8 +11,8 @@ random forest on shape histograms, or on descriptors of points where parts are t
 stands beside one on the same network untrained, too.
 
 Everything is fixed beforehand: seeds 0, 1 and 2, shares of the labels, and in fine-tuning 800 steps (600 for parts) of
-32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share, at a learning rate of 2e-3, a tenth of it for an encoder
-that is pre-trained: chosen on held-out training shapes (benchmarks/log.md).
+32 clouds, scaled by 0.8 to 1.25, in bfloat16, whatever the share, at a learning rate of 2e-3, a tenth of it for an
+encoder that is pre-trained: chosen on held-out training shapes (benchmarks/log.md).
 
 `--data` is a folder with a train and a test split (without it KiCad parts), or an npz of `points` (n, any, 3),
 `labels`, `class_names` and `is_test`, of which a folder is made in outputs/ first.
