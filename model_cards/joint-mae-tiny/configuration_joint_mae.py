@@ -35,6 +35,7 @@ _LISTS = (
     "image_embed_sizes",
     "alignment_radii",
     "pooling_layers",
+    "segmentation_neighbors",
     "object_classes",
 )
 
@@ -115,6 +116,9 @@ class JointMAEConfig(PreTrainedConfig):
         classifier_hidden_size (`int`, defaults to 256): Width of the classification and segmentation heads [relative].
         classifier_dropout (`float`, defaults to 0.5): Dropout in these heads [relative].
         classifier_num_layers (`int`, defaults to 3): Layers of the classification head [relative]; 1 is a linear one.
+        segmentation_neighbors (`list[int]`, defaults to `[16, 64]`):
+            Sizes of the surroundings of a point whose covariance and mean part segmentation is given, growing [ours].
+            An empty list is none.
         num_object_classes (`int`, defaults to 0):
             Object classes that part segmentation is told; 0 when it is told none.
         object_classes (`list[str]`, *optional*): Their names, in the order of the integers.
@@ -178,6 +182,7 @@ class JointMAEConfig(PreTrainedConfig):
     classifier_hidden_size: int = 256
     classifier_dropout: float | int = 0.5
     classifier_num_layers: int = 3
+    segmentation_neighbors: list[int] | tuple[int, ...] = (16, 64)
     num_object_classes: int = 0
     object_classes: list[str] | tuple[str, ...] | None = None
 
@@ -274,6 +279,9 @@ class JointMAEConfig(PreTrainedConfig):
         self._require(
             "pooling_layers", valid, f"None or a list of blocks, 1 to `num_hidden_layers` ({self.num_hidden_layers})"
         )
+        sizes = self.segmentation_neighbors
+        grow = all(a < b for a, b in zip((1, *sizes), sizes, strict=False))
+        self._require("segmentation_neighbors", grow, "a growing list of numbers of 2 or more")
         named = self.object_classes is None or len(self.object_classes) == self.num_object_classes
         names = f"None or one name for each of `num_object_classes` ({self.num_object_classes})"
         self._require("object_classes", named, names)

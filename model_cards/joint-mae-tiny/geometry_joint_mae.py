@@ -23,6 +23,8 @@ Notable choices:
   the points (as far as no two points are equally far).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -240,6 +242,50 @@ def group_nearest(
         return kernels.group_nearest(points, centers, k, point_mask)
     indices = knn(centers, points, k, point_mask)
     return indices, group_points(points, centers, indices)
+
+
+def neighborhood_moments(
+    points: torch.Tensor, sizes: Sequence[int], point_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The shape of the surroundings of every point: covariance and mean of its nearest points, for several sizes.
+
+    Args:
+        points: `(batch, num_points, 3)`, without gradient.
+        sizes: numbers of nearest points, growing; a cloud of fewer takes all.
+        point_mask: optional boolean `(batch, num_points)`, true for real points.
+
+    Returns:
+        float32 `(batch, num_points, 10 * len(sizes))`. For each size the covariance over its trace, less that of a
+        ball (xx, yy, zz, xy, xz, yz); the logarithm of the root of the trace, over the root of the share of the cloud
+        that these points are, so that it does not depend on the density of a surface (at least -3); the mean relative
+        to the point, over the root of the trace. Points that are all equal have the covariance of a ball.
+    """
+    points = points.detach().float()
+    batch_size, num_points = points.shape[:2]
+    offsets = group_nearest(points, points, min(max(sizes), num_points), point_mask)[1]
+    counts = points.new_full((batch_size, 1, 1), num_points)
+    if point_mask is not None:
+        counts = point_mask.sum(1).clamp_min(1).view(-1, 1, 1).float()
+        real = torch.arange(offsets.shape[2], device=points.device) < counts  # the others repeat the nearest
+        offsets = offsets * real.unsqueeze(-1)
+    axes = offsets.unbind(-1)
+    ball = points.new_tensor([1 / 3, 1 / 3, 1 / 3, 0, 0, 0])
+    sums, start, moments = 0, 0, []
+    for size in sizes:
+        x, y, z = (axis[:, :, start:size].contiguous() for axis in axes)
+        products = (x, y, z, x * x, y * y, z * z, x * y, x * z, y * z)
+        sums = sums + torch.stack([product.sum(-1) for product in products], dim=-1)
+        start, taken = size, counts.clamp_max(size)
+        mean, second = (sums / taken).split([3, 6], dim=-1)
+        x, y, z = mean.unbind(-1)
+        covariance = second - torch.stack([x * x, y * y, z * z, x * y, x * z, y * z], dim=-1)
+        trace = covariance[..., :3].sum(-1, keepdim=True)
+        spread = trace.clamp_min(1e-12)
+        shape = torch.where(trace > 1e-12, covariance / spread - ball, 0.0)
+        extent = ((spread * counts / taken).log() / 2).clamp_min(-3)
+        moments += [shape, extent, mean / spread.sqrt()]
+    return torch.cat(moments, dim=-1)
 
 
 def multiscale_groups(

@@ -48,6 +48,7 @@ from .geometry_joint_mae import (
     group_nearest,
     interpolate_features,
     multiscale_groups,
+    neighborhood_moments,
     patch_index,
     project_depth,
     project_points,
@@ -280,6 +281,12 @@ class JointMAEPointEmbeddings(nn.Module):
         return [(k / n) ** 0.5 for k, n in zip(self.num_neighbors, populations, strict=True)]
 
 
+def keep_variance(*layers: nn.Linear):
+    """Has linear layers drawn such that they keep the variance: 0.02 would shrink what narrow ones get to nothing."""
+    for layer in layers:
+        layer.init_std = layer.in_features**-0.5
+
+
 class JointMAEGroupEmbedding(nn.Module):
     """A small PointNet with two stages: `(batch, groups, k, 3)` to `(batch, groups, point_embed_sizes[0])`."""
 
@@ -292,6 +299,7 @@ class JointMAEGroupEmbedding(nn.Module):
         self.pooled_proj = nn.Linear(width, width)
         self.feature_proj = nn.Linear(width, width, bias=False)
         self.second_fc = nn.Linear(width, width)
+        keep_variance(self.point_proj, self.first_fc, self.pooled_proj, self.feature_proj, self.second_fc)
         self.activation_fn = ACT2FN[config.hidden_act]
 
     def forward(self, groups: torch.Tensor) -> torch.Tensor:
@@ -311,6 +319,7 @@ class JointMAEGroupMerging(GradientCheckpointingLayer):
         # Applied before the gather, so once for each child and not once for each slot.
         self.feature_proj = nn.Linear(config.point_embed_sizes[scale - 1], width, bias=False)
         self.fc = nn.Linear(width, width)
+        keep_variance(self.offset_proj, self.feature_proj, self.fc)
         self.activation_fn = ACT2FN[config.hidden_act]
 
     def forward(self, features: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -339,6 +348,7 @@ class JointMAEImageEmbeddings(nn.Module):
                 for stride, width, out in zip(config.patch_strides, fan_in, config.image_embed_sizes, strict=True)
             ]
         )
+        keep_variance(*self.projections)
         self.blocks = nn.ModuleList(
             [
                 JointMAEConvLayer(config, scale)
@@ -400,6 +410,7 @@ class JointMAEPositionEmbeddings(nn.Module):
         self.grid_size = config.image_size // config.patch_size
         self.fc1 = nn.Linear(3, width)
         self.fc2 = nn.Linear(width, width)
+        keep_variance(self.fc1, self.fc2)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.image_positions = nn.Buffer(sincos_2d(self.grid_size, width), persistent=False)
 
@@ -552,14 +563,9 @@ class JointMAEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, (JointMAEGroupEmbedding, JointMAEGroupMerging, JointMAEPositionEmbeddings)):
-            # Narrow layers over coordinates: 0.02 would shrink them to nothing, so keep the variance instead.
-            for layer in module.children():
-                if isinstance(layer, nn.Linear):
-                    init.normal_(layer.weight, std=layer.in_features**-0.5)
-        elif isinstance(module, JointMAEImageEmbeddings):
-            for layer in module.projections:
-                init.normal_(layer.weight, std=layer.in_features**-0.5)
+        # A layer says so itself: of custom code, transformers skips modules that hold no parameter of their own.
+        if hasattr(module, "init_std"):
+            init.normal_(module.weight, std=module.init_std)
         if isinstance(module, JointMAEPositionEmbeddings):
             init.copy_(module.image_positions, sincos_2d(module.grid_size, module.image_positions.shape[-1]))
         elif isinstance(module, (JointMAEModel, JointMAEDecoder)):
@@ -1001,19 +1007,34 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         return torch.zeros(masked.shape[0], total, device=masked.device).scatter(1, masked, 1.0)
 
 
+class JointMAEBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation that takes a batch of one in training, too, by the statistics so far."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and features.shape[0] == 1:
+            statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+            return nn.functional.batch_norm(features, *statistics, eps=self.eps)
+        return super().forward(features)
+
+
 class JointMAEClassificationHead(nn.Module):
-    """256-256-classes with batch normalisation, ReLU and dropout, on concatenated mean and maximum [relative]."""
+    """
+    256-256-classes with batch normalisation, ReLU and dropout [relative], on pooled features that are standardised, as
+    those of MAE are for a linear classifier [relative].
+    """
 
     def __init__(self, config: JointMAEConfig):
         super().__init__()
         num_hidden, width = config.classifier_num_layers - 1, config.classifier_hidden_size
         sizes = [config.pooled_size] + [width] * num_hidden
+        self.input_norm = JointMAEBatchNorm(config.pooled_size, affine=False)
         self.hidden_layers = nn.ModuleList([nn.Linear(size, width) for size in sizes[:-1]])
-        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for _ in range(num_hidden)])
+        self.norms = nn.ModuleList([JointMAEBatchNorm(width) for _ in range(num_hidden)])
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out_proj = nn.Linear(sizes[-1], config.num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.input_norm(features)
         for layer, norm in zip(self.hidden_layers, self.norms, strict=True):
             features = self.dropout(nn.functional.relu(norm(layer(features))))
         return self.out_proj(features)
@@ -1065,21 +1086,30 @@ class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
 
 class JointMAESegmentationHead(nn.Module):
     """
-    A shared MLP over each point: the features of its nearest groups, coarse and fine, its coordinates, and the whole.
+    A shared MLP over each point: the features of its nearest groups, coarse and fine, its place, the shape of its
+    surroundings, and the class of the object, if the head is told. All of these begin with about the same weight.
+
+    It is not given the pooled features: they tell one training shape from another, and the tokens know the whole.
     """
 
     def __init__(self, config: JointMAEConfig):
         super().__init__()
-        width = config.classifier_hidden_size
+        width, fine_width = config.classifier_hidden_size, config.point_embed_sizes[0]
         self.token_proj = nn.Linear(config.hidden_size, width)
-        self.fine_proj = nn.Linear(config.point_embed_sizes[0], width, bias=False)
-        self.point_proj = nn.Linear(3, width, bias=False)
-        self.global_proj = nn.Linear(config.pooled_size + config.num_object_classes, width)
+        self.fine_norm = nn.LayerNorm(fine_width, eps=config.layer_norm_eps)
+        self.fine_proj = nn.Linear(fine_width, width, bias=False)
+        self.neighborhood_sizes = config.segmentation_neighbors
+        self.point_proj = nn.Linear(3 + 10 * len(self.neighborhood_sizes), width, bias=False)
+        num_classes = config.num_object_classes
+        self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out_proj = nn.Linear(width, config.num_labels)
+        keep_variance(self.token_proj, self.fine_proj, self.point_proj, self.fc)
+        if num_classes:
+            self.class_embedding.init_std = 1.0
 
     def forward(
         self,
@@ -1088,13 +1118,21 @@ class JointMAESegmentationHead(nn.Module):
         centers: torch.Tensor,
         fine_features: torch.Tensor,
         fine_centers: torch.Tensor,
-        whole: torch.Tensor,
+        object_class: torch.Tensor | None = None,
+        point_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # Each part of the first linear layer is applied where it is cheapest: wide features before they are spread to
         # the points, narrow ones after.
-        hidden = interpolate_features(points, centers, self.token_proj(tokens) + self.global_proj(whole).unsqueeze(1))
-        fine = interpolate_features(points, fine_centers, fine_features)
-        hidden = hidden + self.fine_proj(fine) + self.point_proj(points.to(hidden.dtype))
+        coarse = self.token_proj(tokens)
+        if self.class_embedding is not None:
+            coarse = coarse + self.class_embedding(object_class).unsqueeze(1)
+        hidden = interpolate_features(points, centers, coarse)
+        fine = interpolate_features(points, fine_centers, self.fine_norm(fine_features))
+        place = 2 * points  # of variance 1, about
+        if self.neighborhood_sizes:
+            moments = neighborhood_moments(points, self.neighborhood_sizes, point_mask)
+            place = torch.cat([place, 5 * moments], dim=-1)
+        hidden = hidden + self.fine_proj(fine) + self.point_proj(place.to(hidden.dtype))
         hidden = self.dropout(nn.functional.relu(self.norm1(hidden)))
         hidden = nn.functional.relu(self.norm2(self.fc(hidden)))
         return self.out_proj(hidden)
@@ -1139,18 +1177,16 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
         outputs = encoder_outputs
         if outputs is None:
             outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
-        whole = outputs.pooler_output
         if self.config.num_object_classes > 0:
             self._check_object_class(object_class, point_values.shape[0])
-            one_hot = nn.functional.one_hot(object_class, self.config.num_object_classes)
-            whole = torch.cat([whole, one_hot.to(whole.dtype)], dim=-1)
         logits = self.segmenter(
             point_values,
             outputs.last_hidden_state,
             outputs.centers,
             outputs.fine_features,
             outputs.fine_centers,
-            whole,
+            object_class,
+            point_mask,
         )
         loss = None
         if labels is not None:
