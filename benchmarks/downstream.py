@@ -32,8 +32,10 @@ TASKS = ("linear_svm", "few_shot", "retrieval", "classification", "part_segmenta
 FRACTIONS = (0.01, 0.05, 0.1, 0.5, 1.0)
 SEEDS = ("--seeds", "0", "1", "2")
 STEPS = {"classification": 800, "part_segmentation": 600}
-RECIPE = ("--validation_fraction", "0", "--mixed_precision", "bf16", "--scale_min", "0.8", "--scale_max", "1.25")
-RECIPE += ("--learning_rate", "2e-3", "--config_overrides", "classifier_dropout=0.1")
+RECIPE = (
+    *("--validation_fraction", "0", "--mixed_precision", "bf16", "--scale_min", "0.8", "--scale_max", "1.25"),
+    *("--learning_rate", "2e-3", "--config_overrides", "classifier_dropout=0.1"),
+)
 
 
 def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]:

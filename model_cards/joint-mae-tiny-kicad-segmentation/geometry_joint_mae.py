@@ -274,18 +274,21 @@ def neighborhood_moments(
     sums, start, moments = 0, 0, []
     for size in sizes:
         x, y, z = (axis[:, :, start:size].contiguous() for axis in axes)
-        products = (x, y, z, x * x, y * y, z * z, x * y, x * z, y * z)
-        sums = sums + torch.stack([product.sum(-1) for product in products], dim=-1)
+        sums = sums + torch.stack([term.sum(-1) for term in (x, y, z, *_products(x, y, z))], dim=-1)
         start, taken = size, counts.clamp_max(size)
         mean, second = (sums / taken).split([3, 6], dim=-1)
-        x, y, z = mean.unbind(-1)
-        covariance = second - torch.stack([x * x, y * y, z * z, x * y, x * z, y * z], dim=-1)
+        covariance = second - torch.stack(_products(*mean.unbind(-1)), dim=-1)
         trace = covariance[..., :3].sum(-1, keepdim=True)
         spread = trace.clamp_min(1e-12)
         shape = torch.where(trace > 1e-12, covariance / spread - ball, 0.0)
         extent = ((spread * counts / taken).log() / 2).clamp_min(-3)
         moments += [shape, extent, mean / spread.sqrt()]
     return torch.cat(moments, dim=-1)
+
+
+def _products(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> list[torch.Tensor]:
+    """Of all pairs of coordinates."""
+    return [x * x, y * y, z * z, x * y, x * z, y * z]
 
 
 def multiscale_groups(
