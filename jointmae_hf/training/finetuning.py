@@ -819,6 +819,7 @@ def _protocol(arguments: FineTuningArguments, run: dict[str, Any]) -> str:
             f"{run['steps']:,} steps of {run['batch_size']} shapes ({augmentation})",
             f"AdamW, learning rate {arguments.learning_rate:g}{slower}, weight decay {arguments.weight_decay:g}",
             f"{run['num_points']:,} points",
+            *([f"configuration with {arguments.config_overrides}"] if arguments.config_overrides else []),
             "last step reported",
         ]
     if getattr(arguments, "ways", 0):
