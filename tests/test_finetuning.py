@@ -196,13 +196,15 @@ def test_of_a_model_with_a_head_only_the_encoder_is_taken_on(make, pretrained, t
 
 def test_the_encoder_can_learn_slower_than_the_head(make, pretrained, tmp_path):
     moved = {}
+    options = {"max_steps": 2, "validation_fraction": 0.0, "config_overrides": "classifier_dropout=0.2"}
     for name, scale in (("fast", 1.0), ("slow", 1e-3)):
-        result = finetune_classification(make(name, encoder_lr_scale=scale, max_steps=2, validation_fraction=0.0))
+        result = finetune_classification(make(name, encoder_lr_scale=scale, **options))
         before, after = weights(Path(pretrained)), weights(tmp_path / name / "seed-0")
         layer = "joint_mae.layers.0.mlp.fc1.weight"
         moved[name] = (after[layer] - before[layer]).abs().max().item()
     assert 0 < moved["slow"] < 0.01 * moved["fast"]
     assert "learning rate 0.0005 (5e-07 for the encoder)" in result.protocol
+    assert "configuration with classifier_dropout=0.2" in result.protocol
 
 
 def test_every_seed_is_a_run_of_its_own_in_one_result(make, tmp_path):
