@@ -1,7 +1,7 @@
 """What a short pre-training run owes to single choices: each trial changes one of them and is judged like all others.
 
-    python benchmarks/trials.py --output benchmarks/results/trials
-    python benchmarks/trials.py --output benchmarks/results/trials --trials "mask ratio 0.5" "3D only" --seeds 0 1 2
+    python benchmarks/trials.py --output outputs/trials
+    python benchmarks/trials.py --output outputs/trials --trials "mask ratio 0.5" "3D only" --seeds 0 1 2
     python benchmarks/trials.py --output benchmarks/results/ladder --ladder --seeds 0 1 2 --num_threads 1
 
 Writes one JSON for each trial and seed into OUTPUT, leaves out what is there already, and prints a table of all of it.
