@@ -39,9 +39,11 @@ RECIPE = (
 )
 
 
-def dropout(fraction: float) -> list[str]:
-    """Arguments for the dropout of the head at a share of the labels: the fewer, the sooner it knows them by heart."""
-    return ["--config_overrides", f"classifier_dropout={0.1 if fraction >= 0.5 else 0.5}"]
+def tuning(task: str, fraction: float = 1.0) -> list[str]:
+    """How a network is tuned with a share of the labels: the fewer, the sooner it knows them by heart."""
+    dropout = 0.1 if fraction >= 0.5 else 0.5
+    overrides = ["--config_overrides", f"classifier_dropout={dropout}"]
+    return ["--max_steps", str(STEPS[task]), *RECIPE, *overrides, *SEEDS]
 
 
 def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]:
@@ -63,19 +65,17 @@ def commands(model: str, is_kicad: bool) -> Iterator[tuple[str, str, list[str]]]
         yield "retrieval", kind, ["retrieval.py", *source, *SEEDS]
     scratch = [*pretrained, "--from_scratch"]
     tuned = (("pretrained", [*pretrained, "--encoder_lr_scale", "0.1"]), ("scratch", scratch))
-    length = {task: ["--max_steps", str(steps), *RECIPE, *SEEDS] for task, steps in STEPS.items()}
     for fraction, share in shares.items():
         for kind, source in tuned:
-            command = ["finetune_classification.py", *source, *share, *length["classification"], *dropout(fraction)]
+            command = ["finetune_classification.py", *source, *share, *tuning("classification", fraction)]
             yield "classification", f"{kind}-{fraction:g}", command
         command = ["finetune_classification.py", *forest, *share, "--validation_fraction", "0", *SEEDS]
         yield "classification", f"forest-{fraction:g}", command
     if is_kicad:  # the set that has parts
         for kind, source in tuned:
-            command = ["finetune_segmentation.py", *source, *length["part_segmentation"], *dropout(1)]
-            yield "part_segmentation", kind, command
+            yield "part_segmentation", kind, ["finetune_segmentation.py", *source, *tuning("part_segmentation")]
         for kind, source in (("frozen-pretrained", pretrained), ("frozen-untrained", scratch)):
-            command = ["finetune_segmentation.py", *source, *length["part_segmentation"], *dropout(1), "--head", "mlp"]
+            command = ["finetune_segmentation.py", *source, *tuning("part_segmentation"), "--head", "mlp"]
             yield "part_segmentation", kind, command
         command = ["finetune_segmentation.py", *forest, "--validation_fraction", "0", *SEEDS]
         yield "part_segmentation", "forest", command
