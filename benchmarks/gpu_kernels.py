@@ -2,23 +2,21 @@
 
     python benchmarks/gpu_kernels.py --output benchmarks/results/gpu_kernels.json
 
-Needs a CUDA device and takes less than ten minutes. Kernel and reference run in alternation: eager, under
-torch.compile and replayed from a CUDA graph. Times are medians over rounds, from CUDA events. Sampling in plain torch
-is not compiled, since torch.compile would unroll its loop. Last come searches over block sizes.
+Needs a CUDA device and takes some minutes. Kernel and reference run in alternation: eager, under torch.compile and
+replayed from a CUDA graph. Times are medians over rounds, from CUDA events. Sampling in plain torch is not compiled,
+since torch.compile would unroll its loop. `--searches` tries other block sizes after that.
 
-Every section runs in a process of its own. One that fails or hangs leaves its traceback in the result, which is
-written after each section, and the others run.
+A section that fails leaves its traceback in the result, which is written after each section, and the others run.
 """
 
 import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +125,7 @@ def searches() -> dict[str, Search]:
     }
 
 
-def sections() -> dict[str, Comparison | Search]:
+def comparisons() -> dict[str, Comparison]:
     return {
         "sampling 128 x 1024 -> 64": sampling(128, 1024, 64),
         "neighbours 128 x 1024 -> 64 x 32": neighbors(128, 1024, 64, 32),
@@ -145,7 +143,6 @@ def sections() -> dict[str, Comparison | Search]:
         "depth 128 x 2048 -> 224": Comparison(
             geometry.project_depth, lambda: views(128, 2048), exact_modes=("eager", "graph")
         ),
-        **searches(),
     }
 
 
@@ -221,13 +218,13 @@ def alternate(runs: dict[str, Run], rounds: int) -> dict[str, dict[str, Any]]:
     return {name: {"median_ms": q[1], "quartiles_ms": [q[0], q[2]]} for name, q in quartiles.items()}
 
 
-def compare(section: Comparison, rounds: int) -> dict[str, Any]:
+def compare(section: Comparison, rounds: int, modes: Sequence[str]) -> dict[str, Any]:
     """Differences from the eager reference, times, and how many times faster the kernels are."""
     inputs = section.inputs()
     expected = tuple(output.detach().clone() for output in runner(section, inputs, "reference", "eager")())
     runs, differences, failures = {}, {}, {}
-    for kind, modes in (("kernel", MODES), ("reference", section.reference_modes)):
-        for mode in modes:
+    for kind, possible in (("kernel", MODES), ("reference", section.reference_modes)):
+        for mode in (mode for mode in possible if mode in modes):
             name = f"{kind} {mode}"
             try:
                 run = runner(section, inputs, kind, mode)
@@ -241,7 +238,8 @@ def compare(section: Comparison, rounds: int) -> dict[str, Any]:
         for mode in MODES
         if {f"reference {mode}", f"kernel {mode}"} <= times.keys()
     }
-    exact = all(differences.get(f"kernel {mode}", float("inf")) <= section.tolerance for mode in section.exact_modes)
+    compared = [mode for mode in section.exact_modes if mode in modes]
+    exact = all(differences.get(f"kernel {mode}", float("inf")) <= section.tolerance for mode in compared)
     return {"exact": exact, "speedups": speedups, "times": times, "differences": differences, "failures": failures}
 
 
@@ -264,17 +262,6 @@ def search(section: Search, rounds: int) -> dict[str, Any]:
     return {"times": times, "failures": failures}
 
 
-def in_a_process(name: str, rounds: int, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--section", name, "--rounds", str(rounds)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1), check=False)
-    except subprocess.TimeoutExpired:
-        return {"failures": {"section": f"stopped after {seconds:.0f} s"}}
-    if done.returncode != 0:
-        return {"failures": {"section": done.stderr[-5000:]}}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def print_section(name: str, result: dict[str, Any]):
     print(f"{name}: {'exact' if result['exact'] else 'NOT EXACT'}" if "exact" in result else name)
     for run, times in result.get("times", {}).items():
@@ -291,17 +278,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu_kernels.json"))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--time_limit", type=float, default=570.0, help="seconds for all sections together")
-    parser.add_argument("--section_limit", type=float, default=120.0, help="seconds for one section")
-    parser.add_argument("--section", help="run this one alone, here, and print its result as JSON")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--searches", action="store_true", help="search over block sizes, too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA device, and torch finds none.", file=sys.stderr)
         return 1
-    if arguments.section is not None:
-        section = sections()[arguments.section]
-        print(json.dumps((search if isinstance(section, Search) else compare)(section, arguments.rounds)))
-        return 0
     import triton
 
     started = time.monotonic()
@@ -312,14 +294,19 @@ def main() -> int:
         "sections": {},
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for name in sections():
-        left = started + arguments.time_limit - time.monotonic()
-        result["sections"][name] = in_a_process(name, arguments.rounds, min(left, arguments.section_limit))
+    for name, section in (comparisons() | (searches() if arguments.searches else {})).items():
+        try:
+            if isinstance(section, Search):
+                found = search(section, arguments.rounds)
+            else:
+                found = compare(section, arguments.rounds, arguments.modes)
+        except Exception:
+            found = {"failures": {"section": traceback.format_exc()[-5000:]}}
+        result["sections"][name] = found
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-        print_section(name, result["sections"][name])
+        print_section(name, found)
     print(f"{arguments.output}: {time.monotonic() - started:.0f} s on {result['device']}")
-    comparisons = [section for name, section in result["sections"].items() if not name.startswith("search")]
-    return 0 if all(section.get("exact") for section in comparisons) else 1
+    return 0 if all(result["sections"][name].get("exact") for name in comparisons()) else 1
 
 
 if __name__ == "__main__":

@@ -2,20 +2,20 @@
 
     python benchmarks/gpu_step.py --output benchmarks/results/gpu_step.json
 
-Needs a CUDA device and less than ten minutes. A training step is forward pass under autocast, backward pass, clipping
-and fused AdamW, on clouds that are on the device already. The share of the peak counts the products that `budget.py`
-counts, at the data sheet's rate of an H100; on other devices it is left out.
+Needs a CUDA device and some minutes. A training step is forward pass under autocast, backward pass, clipping and fused
+AdamW, on clouds that are on the device already; "compiled" is what `--compile` of pre-training does. The share of the
+peak counts the products that `budget.py` counts, at the data sheet's rate of an H100; on other devices it is left out.
 
-Every section runs in a process of its own, most wanted first. One that fails or hangs leaves its traceback in the
-result, which is written after each section, and the others run as long as time is left.
+Sections run most wanted first, or those that `--sections` names. One that fails leaves its traceback in the result,
+which is written after each section, and no section begins after `--time_limit`.
 """
 
 import argparse
+import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import nn
 
 from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
 from jointmae_hf.data.loading import load_point_table
+from jointmae_hf.training.compilation import compile_blocks
 from jointmae_hf.training.optimization import build_optimizer
 from jointmae_hf.training.pretraining import build_untrained_model, versions
 
@@ -34,8 +35,7 @@ from jointmae_hf.training.pretraining import build_untrained_model, versions
 DEVICE = "cuda"
 EMBEDDED_DATASET = Path(__file__).resolve().parent.parent / "examples" / "data" / "kicad-parts"
 AIM_SAMPLES_PER_SECOND = {"least": 5000, "wanted": 15000}
-CURVE_STEPS, CURVE_BATCH, CURVE_WINDOW = 1000, 64, 50
-TOTAL_SECONDS, SECTION_SECONDS = 570, 200
+CURVE_STEPS, CURVE_BATCH, CURVE_WINDOW = 1000, 32, 50
 
 
 class Training:
@@ -45,27 +45,26 @@ class Training:
     Args:
         batch_size: clouds of a step.
         bfloat16: by autocast, else float32 throughout.
-        mode: of torch.compile: `None` for eager, `"default"`, or `"reduce-overhead"` for CUDA graphs.
+        compiled: whether the blocks are compiled.
     """
 
-    def __init__(self, batch_size: int, bfloat16: bool = True, mode: str | None = "reduce-overhead"):
-        self.batch_size, self.bfloat16, self.mode = batch_size, bfloat16, mode
+    def __init__(self, batch_size: int, bfloat16: bool = True, compiled: bool = True):
+        self.batch_size, self.bfloat16 = batch_size, bfloat16
         self.config = JointMAEConfig.from_preset("base")
         self.model = build_untrained_model(self.config, seed=0).to(DEVICE)
-        self.forward: Callable[..., Any] = self.model if mode is None else torch.compile(self.model, mode=mode)
+        if compiled:
+            compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, 1e-3, 0.05, (0.9, 0.95))
 
     def step(self, points: torch.Tensor, **noise: torch.Tensor) -> torch.Tensor:
         """One step; returns the loss."""
-        if self.mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(DEVICE, torch.bfloat16) if self.bfloat16 else nullcontext():
-            loss = self.forward(points, **noise).loss
+            loss = self.model(points, **noise).loss
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach().clone()
+        return loss.detach()
 
 
 def surfaces(batch_size: int, num_points: int = 2048) -> torch.Tensor:
@@ -94,9 +93,9 @@ def synchronize():
     torch.cuda.synchronize()
 
 
-def throughput(batch_size: int, mode: str | None) -> dict[str, Any]:
+def throughput(batch_size: int, compiled: bool = True) -> dict[str, Any]:
     """Samples per second, share of the peak and memory of a training step."""
-    training, points = Training(batch_size, mode=mode), surfaces(batch_size)
+    training, points = Training(batch_size, compiled=compiled), surfaces(batch_size)
     started = time.perf_counter()
     training.step(points)
     synchronize()
@@ -106,7 +105,7 @@ def throughput(batch_size: int, mode: str | None) -> dict[str, Any]:
     spent = budget.cost(budget.joint_mae(training.config), batch_size, 2, training=True)
     result = {
         "batch_size": batch_size,
-        "mode": mode or "eager",
+        "compiled": compiled,
         "first_step_seconds": first,
         "step_seconds": seconds,
         "samples_per_second": batch_size / seconds["median"],
@@ -123,7 +122,7 @@ def shares(batch_size: int = 512) -> dict[str, Any]:
     """Where the device's time goes in a compiled step: our own kernels by name, and the slowest of all."""
     from jointmae_hf.kernels import gpu
 
-    training, points = Training(batch_size, mode="default"), surfaces(batch_size)
+    training, points = Training(batch_size), surfaces(batch_size)
     for _ in range(4):
         training.step(points)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -153,7 +152,7 @@ def shares(batch_size: int = 512) -> dict[str, Any]:
 
 def curves(bfloat16: bool) -> dict[str, Any]:
     """Losses of 1,000 steps on real shapes; weights, batches, views and masks are the same in both precisions."""
-    training = Training(CURVE_BATCH, bfloat16, mode=None)
+    training = Training(CURVE_BATCH, bfloat16)
     table = load_point_table(str(EMBEDDED_DATASET), "train", num_points=training.config.num_points)
     shapes = torch.from_numpy(table.points).to(DEVICE)
     config, generator = training.config, torch.Generator(DEVICE).manual_seed(0)
@@ -197,24 +196,33 @@ def compared_curves(bf16: list[float], fp32: list[float]) -> dict[str, Any]:
 
 
 def inference(batch_size: int) -> dict[str, Any]:
-    """Features from 3D alone, in bfloat16: eager and with CUDA graphs."""
+    """Features from 3D alone, in bfloat16: as they come, compiled, and the latter replayed from a CUDA graph."""
     model = JointMAEForPreTraining(JointMAEConfig.from_preset("base")).joint_mae.to(DEVICE).eval()
     points, result = surfaces(batch_size), {"batch_size": batch_size}
-    compiled = torch.compile(model, mode="reduce-overhead")
-    for name, function in (("eager", model), ("CUDA graphs", compiled)):
 
-        def run(function: Callable[..., Any] = function) -> torch.Tensor:
-            with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
-                return function(points).pooler_output
+    def run() -> torch.Tensor:
+        with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
+            return model(points).pooler_output
 
+    for name in ("eager", "compiled", "CUDA graph"):
+        if name == "compiled":
+            compile_blocks(model)
         torch.cuda.reset_peak_memory_stats()
-        seconds = seconds_of(run, warm_up=5, calls=20)
+        seconds = seconds_of(replayed(run) if name == "CUDA graph" else run, calls=20)
         result[name] = {
             "seconds": seconds,
             "clouds_per_second": batch_size / seconds["median"],
             "peak_memory_gb": torch.cuda.max_memory_reserved() / 1e9,
         }
     return result
+
+
+def replayed(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """The same from a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def rates() -> dict[str, Any]:
@@ -227,46 +235,28 @@ def rates() -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "training, batch 512": lambda: throughput(512, "reduce-overhead"),
-    "training, batch 128": lambda: throughput(128, "reduce-overhead"),
-    "losses, bf16": lambda: curves(True),
-    "losses, fp32": lambda: curves(False),
+    "training, batch 512": lambda: throughput(512),
+    "training, batch 2048": lambda: throughput(2048),
+    "training, batch 128": lambda: throughput(128),
+    "training, batch 512, eager": lambda: throughput(512, compiled=False),
     "features, batch 1": lambda: inference(1),
     "features, batch 256": lambda: inference(256),
-    "training, batch 2048": lambda: throughput(2048, "reduce-overhead"),
     "shares": shares,
-    "training, batch 512, eager": lambda: throughput(512, None),
     "rates": rates,
+    "losses, bf16": lambda: curves(True),
+    "losses, fp32": lambda: curves(False),
 }
-
-
-def run_section(name: str, seconds: float) -> dict[str, Any]:
-    """The result of a section, from a process of its own, or what went wrong."""
-    command = [sys.executable, __file__, "--section", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {seconds:.0f} seconds"}
-    if done.returncode:
-        return {"error": done.stderr[-4000:] or f"exit status {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="path of the JSON")
-    parser.add_argument("--section", choices=list(SECTIONS), help="only this one, printed")
+    parser.add_argument("--output", type=Path, required=True, help="path of the JSON; what it holds is kept")
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--time_limit", type=float, default=570.0, help="seconds after which no section begins")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_step.py needs a CUDA device, and torch sees none.")
-    if arguments.section:
-        torch.set_float32_matmul_precision("highest")
-        print(json.dumps(SECTIONS[arguments.section]()))
-        return
-    if arguments.output is None:
-        parser.error("--output is missing")
-
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("highest")
     started, failed = time.perf_counter(), False
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -274,18 +264,27 @@ def main():
         "aim_samples_per_second": AIM_SAMPLES_PER_SECOND,
         "sections": {},
     }
-    for name in SECTIONS:
-        left = TOTAL_SECONDS - (time.perf_counter() - started)
-        section = run_section(name, min(left, SECTION_SECONDS)) if left > 20 else {"error": "no time was left"}
+    if arguments.output.exists():
+        result["sections"] = json.loads(arguments.output.read_text())["sections"]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in arguments.sections:
+        if time.perf_counter() - started > arguments.time_limit:
+            section = {"error": "no time was left"}
+        else:
+            try:
+                section = SECTIONS[name]()
+            except Exception:
+                section = {"error": traceback.format_exc()[-4000:]}
         failed |= "error" in section
         result["sections"][name] = section
         if all("losses" in result["sections"].get(f"losses, {kind}", {}) for kind in ("bf16", "fp32")):
             bf16, fp32 = (result["sections"][f"losses, {kind}"]["losses"] for kind in ("bf16", "fp32"))
             result["bf16 against fp32"] = compared_curves(bf16, fp32)
-        result["seconds"] = time.perf_counter() - started
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         shown = {key: value for key, value in section.items() if key != "losses"}
-        print(name, json.dumps(shown)[:600], flush=True)
+        print(f"{time.perf_counter() - started:.0f} s {name}", json.dumps(shown)[:600], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
     raise SystemExit(int(failed))
 
 

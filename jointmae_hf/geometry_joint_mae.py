@@ -387,7 +387,8 @@ def view_projection(
     """
     points = points.float()
     low, high = bounding_box(points, point_mask)
-    axes = torch.tensor(VIEW_AXES, device=points.device)[view]  # (batch, 3)
+    # Row by row `VIEW_AXES`, computed: a table could not be copied to the device within a CUDA graph.
+    axes = (torch.arange(3, device=points.device) - view.unsqueeze(1)) % 3  # (batch, 3)
     permutation = nn.functional.one_hot(axes, 3).to(points.dtype)  # (batch, 3, 3)
     low, high = low.gather(1, axes), high.gather(1, axes)
     extent = high - low

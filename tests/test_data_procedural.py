@@ -276,6 +276,19 @@ def test_a_shape_of_which_nothing_is_left_gets_back_what_was_taken_away():
     assert torch.equal(surface_points(recipes, 64), whole)
 
 
+def test_what_a_shape_gets_back_does_not_depend_on_the_others():
+    recipes = draw_recipes(range(3000), seed=1)
+    takes = recipes["primitives"]["subtracts"].any(1) & (recipes["primitives"]["present"].sum(1) > 3)
+    recipes = recipes[takes][:40]
+    # A box that takes all.
+    first = (recipes["primitives"]["subtracts"] & recipes["primitives"]["present"]).argmax(1)
+    for name in ("half_width", "half_height"):
+        recipes["primitives"][name][np.arange(40), first] = 1e3
+    together = surface_points(recipes, 32)
+    alone = torch.cat([surface_points(recipes[i : i + 1], 32) for i in range(40)], dim=1)
+    assert torch.equal(together, alone)
+
+
 # ---- Deformation and normalisation
 
 

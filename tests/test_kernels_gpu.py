@@ -17,10 +17,13 @@ import torch
 
 from jointmae_hf import geometry_joint_mae as geometry
 from jointmae_hf import kernels
+from jointmae_hf.data import procedural
+from jointmae_hf.data.procedural_recipes import draw_recipes
 
 
 triton = pytest.importorskip("triton")
 gpu = importlib.import_module("jointmae_hf.kernels.gpu")
+shapes = importlib.import_module("jointmae_hf.kernels.shapes")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -316,6 +319,53 @@ def test_sampling_at_full_size(num_points, num_samples, plain_torch, monkeypatch
     assert_equal(arguments[0](*arguments[1:]), plain_torch(*arguments))
 
 
+# ---- Procedural shapes
+
+
+def surfaces(recipes, num_points: int) -> torch.Tensor:
+    """By the kernel, in the interpreter too."""
+    device = torch.device(DEVICE)
+    points, short = procedural._sample_by_kernel(recipes, num_points, device, 24 * num_points)
+    assert not len(short)
+    return points
+
+
+def assert_same_surfaces(found: torch.Tensor, recipes):
+    """Square roots of torch on a CPU may be off by a rounding, so once in a long time a point is kept or not."""
+    expected = procedural.surface_points(recipes, found.shape[2])
+    differs = ((found.cpu() - expected).abs() > 1e-5).any(0).any(1)
+    assert differs.float().mean() < 0.01
+
+
+@runs_kernels
+def test_procedural_shapes():
+    recipes = draw_recipes(range(12), seed=3)
+    assert_same_surfaces(surfaces(recipes, 40), recipes)
+
+
+@runs_kernels
+def test_a_procedural_shape_of_which_nothing_is_left():
+    recipes = draw_recipes(range(100), seed=1)
+    recipes = recipes[(recipes["primitives"]["present"].sum(1) == 1) & (recipes["layout"] == 0)][:3]
+    whole = surfaces(recipes, 8)
+    recipes["primitives"][1:, 1] = recipes["primitives"][1:, 0]
+    for name in ("half_width", "half_height", "corner", "size"):
+        recipes["primitives"][name][1:, 1] *= 3
+    recipes["primitives"]["subtracts"][1:, 1] = True
+    points, short = procedural._sample_by_kernel(recipes, 8, torch.device(DEVICE), 24 * 8)
+    assert short.tolist() == [1, 2]
+    assert_equal(points[:, 0], whole[:, 0])
+
+
+@needs_gpu
+def test_procedural_shapes_at_full_size():
+    recipes = draw_recipes(range(2000), seed=4)
+    assert_same_surfaces(procedural.surface_points(recipes, 1024, DEVICE), recipes)
+    clouds = procedural.procedural_clouds(range(500), 1024, 4, DEVICE)
+    differs = ((clouds.cpu() - procedural.procedural_clouds(range(500), 1024, 4)).abs() > 1e-4).any(2).any(1)
+    assert differs.float().mean() < 0.01
+
+
 # ---- Code for the device
 
 
@@ -349,7 +399,7 @@ def compiled(monkeypatch) -> Callable[..., list[str]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("function", ["sampling", "large", "neighbors", "nearest", "gradient", "depth"])
+@pytest.mark.parametrize("function", ["sampling", "large", "neighbors", "nearest", "gradient", "depth", "shapes"])
 def test_compiled_kernels_contract_nothing(function, compiled, monkeypatch):
     """The interpreter takes what the compiler does not, and it never contracts a product into a sum."""
     points = torch.zeros(2, 40, 3)
@@ -365,6 +415,9 @@ def test_compiled_kernels_contract_nothing(function, compiled, monkeypatch):
             gpu.nearest_distances_backward, points, points[:, :9], index, index[:, :9], distance, distance[:, :9]
         ),
         "depth": lambda: compiled(gpu.splat_depth, points, 16, 3, mask),
+        "shapes": lambda: compiled(
+            shapes.sample_surfaces, procedural.shape_tables(draw_recipes(range(3))), 64, 24 * 64
+        ),
     }[function]()
     assert codes
     for code in codes:

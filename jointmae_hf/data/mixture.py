@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from .augmentation import ORDER, counter_generator, normalize_clouds
 from .collation import VIEW_NAMES, PreTrainingCollator, move_batch, split_batch
 from .loading import PointClouds, check_column, load_point_clouds, load_point_dataset
-from .procedural import finish_clouds, procedural_clouds, surface_points
+from .procedural import finish_clouds, procedural_clouds, shape_tables, surface_points
 from .procedural_recipes import RECIPE, VERSION, draw_recipes
 
 
@@ -179,6 +179,7 @@ class MixedBatches(Dataset):
         is_recipe = np.array([cloud.ndim == 1 for cloud in clouds])
         batch = {"inputs": inputs, "is_recipe": torch.from_numpy(is_recipe), "views": []}
         batch["recipes"] = torch.from_numpy(recipes[is_recipe].view(np.uint8))
+        batch["tables"] = shape_tables(recipes[is_recipe]) if is_recipe.any() else {}
         for view in views:
             arrays = {"points": normalize_clouds(view.points), "numbers": view.numbers}
             arrays |= {"matrix": view.matrix.astype(np.float32), "shift": view.shift.astype(np.float32)}
@@ -198,7 +199,7 @@ def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch
     recipes = batch["recipes"].numpy().view(RECIPE)
     # What the views take: fewer points of a shape are the beginning of more.
     num_points = 1 + max(int(view["numbers"].numpy().max(initial=0)) for view in batch["views"])
-    surfaces = surface_points(recipes, num_points, device)  # (3, shapes, points)
+    surfaces = surface_points(recipes, num_points, device, batch["tables"])  # (3, shapes, points)
     inputs, is_recipe = move_batch(batch["inputs"], device), batch["is_recipe"].to(device)
     views = [move_batch(view, device) for view in batch["views"]]
     for name, view in zip(VIEW_NAMES, views, strict=False):

@@ -20,6 +20,7 @@ Notable choices:
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ _FIRST_CANDIDATE = 1 << 16
 _ROUND_SIZE = {"cpu": 1 << 16, "cuda": 1 << 23}
 # Where so many candidates for each point do not suffice, nearly all was taken away: the shape gets it back.
 _MOST_CANDIDATES = 24
+_NO_LIMIT = 1 << 22  # in effect
 # Share of the size of a shape within which two surfaces count as one.
 _TOLERANCE = 4e-6
 _TINY = 1e-30
@@ -129,7 +131,12 @@ class ProceduralShapes(IterableDataset):
             first = indices.stop
 
 
-def surface_points(recipes: np.ndarray, num_points: int, device: str | torch.device = "cpu") -> torch.Tensor:
+def surface_points(
+    recipes: np.ndarray,
+    num_points: int,
+    device: str | torch.device = "cpu",
+    tables: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """
     Points evenly over the surfaces of compositions, before they are bent, turned and normalised.
 
@@ -137,20 +144,12 @@ def surface_points(recipes: np.ndarray, num_points: int, device: str | torch.dev
         recipes: `RECIPE` records `(shapes,)`.
         num_points: points of each shape.
         device: where to compute.
+        tables: what [`shape_tables`] makes of the recipes, if that was done before; of use on a GPU.
 
     Returns:
         float32 `(3, shapes, num_points)`, in units of the recipe.
     """
-    device = torch.device(device)
-    # Tests go over the primitives in turn, so shapes that have many come first.
-    used = MAX_PRIMITIVES - recipes["primitives"]["present"][:, ::-1].argmax(1)
-    order = np.argsort(-used, kind="stable")
-    shapes = max(1, _ROUND_SIZE["cpu" if device.type == "cpu" else "cuda"] // num_points)
-    points = torch.empty(3, len(recipes), num_points, device=device)
-    for start in range(0, len(order), shapes):
-        rows = order[start : start + shapes]
-        points[:, _tensor(rows, device)] = _sample(recipes[rows], num_points, device)
-    return points
+    return _surface_points(recipes, num_points, torch.device(device), _MOST_CANDIDATES * num_points, tables)
 
 
 def finish_clouds(recipes: np.ndarray, points: torch.Tensor) -> torch.Tensor:
@@ -186,13 +185,107 @@ def finish_clouds(recipes: np.ndarray, points: torch.Tensor) -> torch.Tensor:
 # ---- Sampling
 
 
-def _sample(recipes: np.ndarray, num_points: int, device: torch.device) -> torch.Tensor:
-    """`(3, shapes, num_points)`: rounds of candidates until every shape has its points."""
+def shape_tables(recipes: np.ndarray) -> dict[str, torch.Tensor]:
+    """
+    Recipes in the form in which candidates are drawn and tested, on the CPU.
+
+    Args:
+        recipes: `RECIPE` records `(shapes,)`.
+
+    Returns:
+        key: int32 `(shapes, 2)`.
+        entries: int32 `(shapes * _TABLE_SIZE,)`, the patch of each entry.
+        patches: float32 `(len(_PATCH), patches)`.
+        frames: float32 `(12, copies)`, from each copy of a primitive to the shape.
+        tests: float32 `(MAX_PRIMITIVES, numbers, shapes, 1)`, see `_OUTER` and on.
+        adds: boolean `(MAX_PRIMITIVES, shapes, 1)`.
+        tolerance: float32 `(shapes, 1)`.
+        slots: int32 `(shapes,)`, places of primitives that are used.
+    """
+    primitives = recipes["primitives"]
+    frames, owner = copy_frames(primitives.reshape(-1))
+    first_copy = np.searchsorted(owner, np.arange(primitives.size)).reshape(primitives.shape)
+    patches, entries = _patch_table(primitives, first_copy)
+    cpu = torch.device("cpu")
+    return {
+        "key": _tensor(recipes["key"], cpu),
+        "entries": _tensor(entries, cpu),
+        "patches": _float(patches, cpu),
+        "frames": _float(frames.reshape(-1, 12).T, cpu),
+        "tests": _float(_test_table(primitives).transpose(2, 0, 1)[..., None], cpu),
+        "adds": _tensor(~primitives["subtracts"].T[..., None], cpu),
+        "tolerance": _float(_TOLERANCE * recipes["radius"][:, None], cpu),
+        "slots": _tensor(_used_slots(primitives).astype(np.int32), cpu),
+    }
+
+
+def _used_slots(primitives: np.ndarray) -> np.ndarray:
+    """How many places of primitives each shape uses, those that are left out included."""
+    return MAX_PRIMITIVES - primitives["present"][:, ::-1].argmax(1)
+
+
+def _surface_points(
+    recipes: np.ndarray,
+    num_points: int,
+    device: torch.device,
+    most_candidates: int,
+    tables: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    if device.type == "cuda" and len(recipes) and find_spec("triton") is not None:
+        points, short = _sample_by_kernel(recipes, num_points, device, most_candidates, tables)
+    else:
+        points, short = _sample_in_turn(recipes, num_points, device, most_candidates)
+    if len(short):
+        if most_candidates == _NO_LIMIT:
+            raise RuntimeError(f"the shapes with the keys {recipes['key'][short].tolist()} have next to no surface.")
+        whole = recipes[short]
+        whole["primitives"]["present"] &= ~whole["primitives"]["subtracts"]
+        # What nothing is taken from has a surface, so there need be no limit.
+        points[:, _tensor(short, device)] = _surface_points(whole, num_points, device, _NO_LIMIT)
+    return points
+
+
+def _sample_by_kernel(
+    recipes: np.ndarray,
+    num_points: int,
+    device: torch.device,
+    most_candidates: int,
+    tables: dict[str, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Points `(3, shapes, num_points)`, and which shapes have fewer, by one kernel that draws until it is done."""
+    from ..kernels.shapes import sample_surfaces
+
+    tables = shape_tables(recipes) if tables is None else tables
+    tables = {name: table.to(device, non_blocking=True) for name, table in tables.items()}
+    points, found = sample_surfaces(tables, num_points, most_candidates)
+    return points, np.flatnonzero(found.cpu().numpy() < num_points)
+
+
+def _sample_in_turn(
+    recipes: np.ndarray, num_points: int, device: torch.device, most_candidates: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The same in plain torch, some shapes after the other."""
+    # Tests go over the primitives in turn, so shapes that have many come first.
+    order = np.argsort(-_used_slots(recipes["primitives"]), kind="stable")
+    shapes = max(1, _ROUND_SIZE["cpu" if device.type == "cpu" else "cuda"] // num_points)
+    points, short = torch.empty(3, len(recipes), num_points, device=device), []
+    for start in range(0, len(order), shapes):
+        rows = order[start : start + shapes]
+        points[:, _tensor(rows, device)], incomplete = _sample(recipes[rows], num_points, device, most_candidates)
+        short.append(rows[incomplete])
+    return points, np.concatenate(short) if short else order
+
+
+def _sample(
+    recipes: np.ndarray, num_points: int, device: torch.device, most_candidates: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Points `(3, shapes, num_points)`: rounds of candidates until every shape has its points or had its chance."""
     composition = _Composition(recipes, device)
     points = torch.empty(3, len(recipes) * (num_points + 1), device=device)  # a last place for what is too much
     rows, found, drawn = np.arange(len(recipes)), np.zeros(len(recipes), dtype=np.int64), 0
     count = first = num_points * 5 // 4 + 1
-    while len(rows) and drawn < _MOST_CANDIDATES * num_points:
+    while len(rows) and drawn < most_candidates:
+        count = min(count, most_candidates - drawn)  # so that it does not depend on the others what a shape becomes
         candidates, keep = composition.select(rows).draw(drawn, count)
         place = keep.cumsum(1) + _tensor(found[rows, None], device)
         found[rows], drawn = place[:, -1].cpu().numpy(), drawn + count
@@ -204,12 +297,7 @@ def _sample(recipes: np.ndarray, num_points: int, device: torch.device) -> torch
         if len(rows):  # the next round is to satisfy most, in no more work than the first
             missing = (num_points - found[rows]) * drawn / np.maximum(found[rows], 1)
             count = int(np.clip(1.05 * np.quantile(missing, 0.75), first // 8 + 1, first * len(recipes) / len(rows)))
-    points = points.view(3, len(recipes), num_points + 1)[:, :, :num_points]
-    if len(rows):
-        whole = recipes[rows]
-        whole["primitives"]["present"] &= ~whole["primitives"]["subtracts"]
-        points[:, _tensor(rows, device)] = _sample(whole, num_points, device)
-    return points
+    return points.view(3, len(recipes), num_points + 1)[:, :, :num_points], rows
 
 
 class _Composition:
@@ -221,33 +309,19 @@ class _Composition:
         device: where to compute.
 
     Attributes:
-        key: int32 `(shapes, 2)`.
+        key, entries, patches, frames, tests, adds, tolerance: see [`shape_tables`].
         offset: int32 `(shapes, 1)`, where the entries of a shape begin.
-        entries: int32 `(shapes * _TABLE_SIZE,)`, the patch of each entry.
-        patches: float32 `(len(_PATCH), patches)`.
-        frames: float32 `(12, copies)`, from each copy of a primitive to the shape.
-        tests: float32 `(MAX_PRIMITIVES, len(_TEST), shapes, 1)`.
-        adds: boolean `(MAX_PRIMITIVES, shapes, 1)`.
-        tolerance: float32 `(shapes, 1)`.
         num_primitives: int64 `(shapes,)`.
         ringed, gridded: boolean `(MAX_PRIMITIVES, shapes)`, primitives with copies around an axis, and on a grid.
     """
 
     def __init__(self, recipes: np.ndarray, device: torch.device):
         primitives = recipes["primitives"]
-        frames, owner = copy_frames(primitives.reshape(-1))
-        first_copy = np.searchsorted(owner, np.arange(primitives.size)).reshape(primitives.shape)
-        patches, entries = _patch_table(primitives, first_copy)
         self.device = device
-        self.key = _tensor(recipes["key"], device)
-        self.offset = torch.arange(0, len(entries), _TABLE_SIZE, dtype=torch.int32, device=device)[:, None]
-        self.entries = _tensor(entries, device)
-        self.patches = _float(patches, device)
-        self.frames = _float(frames.reshape(-1, 12).T, device)
-        self.tests = _float(_test_table(primitives).transpose(2, 0, 1)[..., None], device)
-        self.adds = _tensor(~primitives["subtracts"].T[..., None], device)
-        self.tolerance = _float(_TOLERANCE * recipes["radius"][:, None], device)
-        self.num_primitives = MAX_PRIMITIVES - primitives["present"][:, ::-1].argmax(1)
+        for name, table in shape_tables(recipes).items():
+            setattr(self, name, table.to(device))
+        self.offset = torch.arange(0, len(self.entries), _TABLE_SIZE, dtype=torch.int32, device=device)[:, None]
+        self.num_primitives = _used_slots(primitives)
         self.ringed = primitives["ring"].T > 1
         self.gridded = (primitives["counts"] > 1).any(2).T
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 
-VERSION = 1  # another one wherever (seed, index) would give another shape
+VERSION = 2  # another one wherever (seed, index) would give another shape
 MAX_PRIMITIVES = 9
 KINDS = ("box", "sphere", "cylinder", "cone", "torus", "capsule", "ellipsoid", "prism", "tube")
 BOX, SPHERE, CYLINDER, CONE, TORUS, CAPSULE, ELLIPSOID, PRISM, TUBE = range(len(KINDS))
@@ -227,7 +227,7 @@ _FACE_ORDER = np.abs(_FACES).argmax(1)  # the coordinates that are u, v and the 
 _IDENTITY = np.eye(3, 4)
 
 # A hash of 32 bits with low bias by Chris Wellons: two multipliers between three shifts.
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 
 
 def draw_recipes(indices: Sequence[int], seed: int = 0) -> np.ndarray:
@@ -270,9 +270,9 @@ def draw_recipes(indices: Sequence[int], seed: int = 0) -> np.ndarray:
 def mix_bits(bits: Any) -> Any:
     """A one-to-one hash of int32 numbers, arrays or tensors; overflow wraps."""
     bits = bits ^ ((bits >> 16) & 0xFFFF)
-    bits = bits * _MULTIPLIERS[0]
+    bits = bits * MULTIPLIERS[0]
     bits = bits ^ ((bits >> 15) & 0x1FFFF)
-    bits = bits * _MULTIPLIERS[1]
+    bits = bits * MULTIPLIERS[1]
     return bits ^ ((bits >> 16) & 0xFFFF)
 
 

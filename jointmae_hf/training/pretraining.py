@@ -10,7 +10,7 @@ Notable choices:
 - Losses are averaged over processes at each step in one tensor, which carries the wish to stop too: all processes see
   a loss that is not finite, or a signal, at the same step. On a GPU that tensor is read one step late, so that nothing
   waits for it, and the next batches are made and moved by a thread meanwhile.
-- All batches of a process have one size, so a compiled step is compiled once.
+- All batches of a process have one size, so nothing is compiled for a second one.
 """
 
 import logging
@@ -63,6 +63,7 @@ from .checkpoints import (
     verify_checkpoint,
     whole_weights,
 )
+from .compilation import compile_blocks
 from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms, set_learning_rate
 from .prefetch import prefetch
@@ -211,7 +212,6 @@ class PreTrainer:
         accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-            dynamo_backend="inductor" if arguments.compile else None,
             log_with=trackers or None,
             project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / _TRACKERS)),
         )
@@ -361,6 +361,8 @@ class PreTrainer:
             (arguments.adam_beta1, arguments.adam_beta2),
         )
         self.threads = self._build_threads()
+        if arguments.compile:
+            compile_blocks(self.raw_model)
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         decay = arguments.ema_decay
         self.average = None if decay is None else WeightAverage(self.raw_model, decay)

@@ -465,9 +465,10 @@ class JointMAEAttention(nn.Module):
         """All tokens attend to the first `num_keys`, or to all of them."""
         input_shape = hidden_states.shape[:-1]
         device_type = hidden_states.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            # One copy for all three projections.
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+        # What is compiled needs no help, and could not be traced in torch 2.11.
+        if not torch.compiler.is_compiling() and torch.amp.is_autocast_available(device_type):
+            if torch.is_autocast_enabled(device_type):  # one copy for all three projections
+                hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         context = hidden_states if num_keys is None else hidden_states[:, :num_keys]
         query, key, value = (
             projection(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -514,12 +515,15 @@ class JointMAEDropPath(nn.Module):
     def __init__(self, drop_prob: float = 0.0):
         super().__init__()
         self.drop_prob = drop_prob
+        self.drops = drop_prob > 0
+        # A tensor, so that what is compiled for one block serves all.
+        self.probability = nn.Buffer(torch.tensor(drop_prob), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.drop_prob == 0.0 or not self.training:
+        if not (self.drops and self.training):
             return hidden_states
-        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.drop_prob
-        return hidden_states * keep.to(hidden_states.dtype) / (1 - self.drop_prob)
+        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.probability
+        return hidden_states * keep.to(hidden_states.dtype) / (1 - self.probability)
 
 
 class JointMAELayer(GradientCheckpointingLayer):
@@ -568,6 +572,8 @@ class JointMAEPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.init_std)
         if isinstance(module, JointMAEPositionEmbeddings):
             init.copy_(module.image_positions, sincos_2d(module.grid_size, module.image_positions.shape[-1]))
+        elif isinstance(module, JointMAEDropPath):
+            init.constant_(module.probability, module.drop_prob)
         elif isinstance(module, (JointMAEModel, JointMAEDecoder)):
             init.normal_(module.modality_embeddings, std=self.config.initializer_range)
         if isinstance(module, JointMAEDecoder):
