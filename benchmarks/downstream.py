@@ -117,7 +117,7 @@ def main():
         print("python", *command, flush=True)
         if task in ("classification", "part_segmentation"):
             # The models are many and large; their results are what is kept.
-            runs = Path("outputs") / "downstream" / options.output.name / result.stem
+            runs = Path("outputs") / "downstream" / Path(options.model).name / options.output.name / result.stem
             resume = ["--resume_from_checkpoint", "latest", "--save_total_limit", "1"]
             subprocess.run([sys.executable, *command, *resume, "--output_dir", str(runs)], check=True)
             shutil.copyfile(runs / "result.json", result)

@@ -6,8 +6,8 @@ Needs a CUDA device and some minutes. A training step is forward pass under auto
 AdamW, on clouds that are on the device already; "compiled" is what `--compile` of pre-training does. The share of the
 peak counts the products that `budget.py` counts, at the data sheet's rate of an H100; on other devices it is left out.
 
-Sections run most wanted first, or those that `--sections` names. One that fails leaves its traceback in the result,
-which is written after each section, and no section begins after `--time_limit`.
+Sections run most wanted first, or those that `--sections` names, and are added to a result that is there. One that
+fails leaves its traceback, the others run if the device still can, and no section begins after `--time_limit`.
 """
 
 import argparse
@@ -258,12 +258,8 @@ def main():
         raise SystemExit("gpu_step.py needs a CUDA device, and torch sees none.")
     torch.set_float32_matmul_precision("highest")
     started, failed = time.perf_counter(), False
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "versions": versions() | {"cuda": torch.version.cuda},
-        "aim_samples_per_second": AIM_SAMPLES_PER_SECOND,
-        "sections": {},
-    }
+    measured_on = {"device": torch.cuda.get_device_name(), "versions": versions() | {"cuda": torch.version.cuda}}
+    result: dict[str, Any] = {"aim_samples_per_second": AIM_SAMPLES_PER_SECOND, "sections": {}}
     if arguments.output.exists():
         result["sections"] = json.loads(arguments.output.read_text())["sections"]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -272,17 +268,21 @@ def main():
             section = {"error": "no time was left"}
         else:
             try:
-                section = SECTIONS[name]()
+                section = SECTIONS[name]() | measured_on
             except Exception:
                 section = {"error": traceback.format_exc()[-4000:]}
-        failed |= "error" in section
-        result["sections"][name] = section
+        if "error" in section:
+            failed = True
+            result["sections"].setdefault(name, section)
+        else:
+            result["sections"][name] = section
         if all("losses" in result["sections"].get(f"losses, {kind}", {}) for kind in ("bf16", "fp32")):
             bf16, fp32 = (result["sections"][f"losses, {kind}"]["losses"] for kind in ("bf16", "fp32"))
             result["bf16 against fp32"] = compared_curves(bf16, fp32)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-        shown = {key: value for key, value in section.items() if key != "losses"}
+        shown = {key: value for key, value in section.items() if key not in ("losses", "device", "versions")}
         print(f"{time.perf_counter() - started:.0f} s {name}", json.dumps(shown)[:600], flush=True)
+        torch._dynamo.reset()  # there is a limit to what a process compiles of one block
         gc.collect()
         torch.cuda.empty_cache()
     raise SystemExit(int(failed))

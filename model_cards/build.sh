@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # How released models and all figures on their cards are made, from nothing: an evening on two CPU cores, and for
-# `joint-mae-small` some minutes on a GPU (without one, half a day) and an evening more.
+# `joint-mae-small` some minutes on a GPU (without one, half a day) and an evening more. The released weights saw the procedural
+# shapes of version 1, of which one in 6,000 is another now; results keep commit and command of what was run.
 #
 #     bash model_cards/build.sh [ldraw_parts.npz]    # run again after an interruption, it goes on where it was
 #
@@ -11,10 +12,11 @@ cd "$(dirname "$0")/.."
 RESULTS=benchmarks/results/downstream
 LDRAW=${1:-}
 
-# 192,000 shapes seen cleanly; then 384,000 others, their views slightly turned and noisy.
-OUTPUT=outputs/joint-mae-tiny-first bash examples/speedrun.sh
+# 192,000 shapes seen cleanly; then 384,000 others, their views slightly turned and noisy. On the CPU: with a GPU the speedrun
+# has another size.
+CUDA_VISIBLE_DEVICES= OUTPUT=outputs/joint-mae-tiny-first bash examples/speedrun.sh
 source .venv/bin/activate
-accelerate launch examples/pretrain.py --model_name_or_path outputs/joint-mae-tiny-first --train_data procedural --seed 1 \
+CUDA_VISIBLE_DEVICES= accelerate launch examples/pretrain.py --model_name_or_path outputs/joint-mae-tiny-first --train_data procedural --seed 1 \
     --max_steps 3000 --batch_size 128 --mixed_precision bf16 --scale_min 0.8 --scale_max 1.25 --max_tilt 10 \
     --max_jitter 0.01 --save_steps 100 --output_dir outputs/joint-mae-tiny --resume_from_checkpoint latest
 release() { # SOURCE NAME LICENSE ARGUMENTS...
@@ -39,7 +41,7 @@ release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 \
     --results "$RESULTS"/*/{linear_svm-*-1,few_shot-*,retrieval-*,classification-*-1,part_segmentation-*}.json \
     --notes model_cards/notes/joint-mae-tiny.md
 head() { # RESULTS NAME: the model of seed 0
-    release "outputs/downstream/kicad/$1/seed-0" "$2" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
+    release "outputs/downstream/joint-mae-tiny/kicad/$1/seed-0" "$2" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
         --results "$RESULTS/kicad/$1.json" "$RESULTS/kicad/${1/pretrained/scratch}.json" \
         "$RESULTS/kicad/${1/pretrained/forest}.json" --notes "model_cards/notes/$2.md"
 }

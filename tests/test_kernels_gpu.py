@@ -324,9 +324,8 @@ def test_sampling_at_full_size(num_points, num_samples, plain_torch, monkeypatch
 
 def surfaces(recipes, num_points: int) -> torch.Tensor:
     """By the kernel, in the interpreter too."""
-    device = torch.device(DEVICE)
-    points, short = procedural._sample_by_kernel(recipes, num_points, device, 24 * num_points)
-    assert not len(short)
+    points, emptied = procedural._sample_by_kernel(recipes, num_points, torch.device(DEVICE), procedural._LEAST_KEPT)
+    assert not len(emptied)
     return points
 
 
@@ -337,14 +336,31 @@ def assert_same_surfaces(found: torch.Tensor, recipes):
     assert differs.float().mean() < 0.01
 
 
-@runs_kernels
-def test_procedural_shapes():
-    recipes = draw_recipes(range(12), seed=3)
-    assert_same_surfaces(surfaces(recipes, 40), recipes)
+@pytest.fixture
+def short_trial(monkeypatch):
+    """The interpreter takes long for many candidates."""
+    monkeypatch.setattr(procedural, "_TRIAL", 256)
+    monkeypatch.setattr(procedural, "_LEAST_KEPT", 10)
+    monkeypatch.setattr(shapes, "_TRIAL", triton.language.constexpr(256))
 
 
 @runs_kernels
-def test_a_procedural_shape_of_which_nothing_is_left():
+@pytest.mark.parametrize(("num_shapes", "num_points"), [(12, 40), (1, 1), (2, 257)])
+def test_procedural_shapes(num_shapes, num_points, short_trial):
+    recipes = draw_recipes(range(num_shapes), seed=3)
+    assert_same_surfaces(surfaces(recipes, num_points), recipes)
+
+
+@runs_kernels
+def test_procedural_shapes_of_several_launches(short_trial, monkeypatch):
+    recipes = draw_recipes(range(5), seed=3)
+    together = surfaces(recipes, 8)
+    monkeypatch.setattr(shapes, "_MOST_SHAPES", 2)
+    assert_equal(surfaces(recipes, 8), together)
+
+
+@runs_kernels
+def test_a_procedural_shape_of_which_nothing_is_left(short_trial):
     recipes = draw_recipes(range(100), seed=1)
     recipes = recipes[(recipes["primitives"]["present"].sum(1) == 1) & (recipes["layout"] == 0)][:3]
     whole = surfaces(recipes, 8)
@@ -352,8 +368,8 @@ def test_a_procedural_shape_of_which_nothing_is_left():
     for name in ("half_width", "half_height", "corner", "size"):
         recipes["primitives"][name][1:, 1] *= 3
     recipes["primitives"]["subtracts"][1:, 1] = True
-    points, short = procedural._sample_by_kernel(recipes, 8, torch.device(DEVICE), 24 * 8)
-    assert short.tolist() == [1, 2]
+    points, emptied = procedural._sample_by_kernel(recipes, 8, torch.device(DEVICE), procedural._LEAST_KEPT)
+    assert emptied.tolist() == [1, 2]
     assert_equal(points[:, 0], whole[:, 0])
 
 
@@ -416,7 +432,7 @@ def test_compiled_kernels_contract_nothing(function, compiled, monkeypatch):
         ),
         "depth": lambda: compiled(gpu.splat_depth, points, 16, 3, mask),
         "shapes": lambda: compiled(
-            shapes.sample_surfaces, procedural.shape_tables(draw_recipes(range(3))), 64, 24 * 64
+            shapes.sample_surfaces, procedural.shape_tables(draw_recipes(range(3))), 64, 85, 1 << 22
         ),
     }[function]()
     assert codes

@@ -287,6 +287,17 @@ def test_without_local_alignment_all_tokens_attend():
         assert (attention > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stochastic_depth_keeps_the_mean_and_survives_loading(dtype, tmp_path):
+    build(JointMAEModel, tiny_config(drop_path_rate=0.3)).save_pretrained(tmp_path)
+    layers = JointMAEModel.from_pretrained(tmp_path, dtype=dtype).train().layers
+    for layer, drop_prob in zip(layers, (0, 0.15, 0.3), strict=True):
+        dropped = layer.drop_path(torch.ones(100_000, 1, 1, dtype=dtype)).float()
+        assert (dropped == 0).float().mean() == pytest.approx(drop_prob, abs=5e-3)
+        assert dropped.mean() == pytest.approx(1, abs=6e-3)
+        assert torch.equal(layer.drop_path.eval()(dropped), dropped)
+
+
 def test_a_dropped_image_is_hidden_from_3d_tokens_of_that_sample():
     config = tiny_config()
     model = build(JointMAEModel, config)

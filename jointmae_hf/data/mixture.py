@@ -7,6 +7,7 @@ there is nothing to save but the step, and any number of processes sees the same
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -179,7 +180,8 @@ class MixedBatches(Dataset):
         is_recipe = np.array([cloud.ndim == 1 for cloud in clouds])
         batch = {"inputs": inputs, "is_recipe": torch.from_numpy(is_recipe), "views": []}
         batch["recipes"] = torch.from_numpy(recipes[is_recipe].view(np.uint8))
-        batch["tables"] = shape_tables(recipes[is_recipe]) if is_recipe.any() else {}
+        by_kernel = is_recipe.any() and find_spec("triton") is not None
+        batch["tables"] = shape_tables(recipes[is_recipe]) if by_kernel else None
         for view in views:
             arrays = {"points": normalize_clouds(view.points), "numbers": view.numbers}
             arrays |= {"matrix": view.matrix.astype(np.float32), "shift": view.shift.astype(np.float32)}

@@ -12,7 +12,8 @@ Notable choices:
   or cut corners. So there is one sampler and one implicit function, and no branch on what a primitive is. Copies are
   sampled by their frames, but tested for by folding space onto one of them.
 - Arithmetic is that which IEEE 754 rounds exactly (no library's sine, no sum of floats in an order of its choice), so
-  results do not depend on how an operator was vectorised.
+  results do not depend on how an operator was vectorised. Square roots are the exception: torch's on a CPU may be off
+  in the last bit, so points made there and on a GPU may differ by that.
 - Evenness is exact for the composition: what stretches the area of a primitive is paid back by rejection. A bend moves
   the points with the surface, so there the density follows the stretch.
 """
@@ -51,9 +52,10 @@ _SEGMENTS = 8  # of a profile: outer and inner wall, top and bottom, four corner
 _FIRST_CANDIDATE = 1 << 16
 # Candidates of a round: enough work for an operator, few enough to stay in the cache of a core.
 _ROUND_SIZE = {"cpu": 1 << 16, "cuda": 1 << 23}
-# Where so many candidates for each point do not suffice, nearly all was taken away: the shape gets it back.
-_MOST_CANDIDATES = 24
-_NO_LIMIT = 1 << 22  # in effect
+# Of whose first candidates, a balanced choice from all patches, fewer are kept than this, of that shape nearly all was
+# taken away: it gets it back. One that keeps none of so many for each point and some millions more has no surface.
+_TRIAL, _LEAST_KEPT = _TABLE_SIZE, _TABLE_SIZE // 24
+_MOST_CANDIDATES = 64
 # Share of the size of a shape within which two surfaces count as one.
 _TOLERANCE = 4e-6
 _TINY = 1e-30
@@ -149,7 +151,15 @@ def surface_points(
     Returns:
         float32 `(3, shapes, num_points)`, in units of the recipe.
     """
-    return _surface_points(recipes, num_points, torch.device(device), _MOST_CANDIDATES * num_points, tables)
+    device = torch.device(device)
+    by_kernel = device.type == "cuda" and find_spec("triton") is not None
+    sample = _sample_by_kernel if by_kernel else _sample_in_turn
+    points, emptied = sample(recipes, num_points, device, _LEAST_KEPT, tables)
+    if len(emptied):
+        whole = recipes[emptied]
+        whole["primitives"]["present"] &= ~whole["primitives"]["subtracts"]
+        points[:, _tensor(emptied, device)], _ = sample(whole, num_points, device, 0)
+    return points
 
 
 def finish_clouds(recipes: np.ndarray, points: torch.Tensor) -> torch.Tensor:
@@ -224,80 +234,90 @@ def _used_slots(primitives: np.ndarray) -> np.ndarray:
     return MAX_PRIMITIVES - primitives["present"][:, ::-1].argmax(1)
 
 
-def _surface_points(
-    recipes: np.ndarray,
-    num_points: int,
-    device: torch.device,
-    most_candidates: int,
-    tables: dict[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    if device.type == "cuda" and len(recipes) and find_spec("triton") is not None:
-        points, short = _sample_by_kernel(recipes, num_points, device, most_candidates, tables)
-    else:
-        points, short = _sample_in_turn(recipes, num_points, device, most_candidates)
-    if len(short):
-        if most_candidates == _NO_LIMIT:
-            raise RuntimeError(f"the shapes with the keys {recipes['key'][short].tolist()} have next to no surface.")
-        whole = recipes[short]
-        whole["primitives"]["present"] &= ~whole["primitives"]["subtracts"]
-        # What nothing is taken from has a surface, so there need be no limit.
-        points[:, _tensor(short, device)] = _surface_points(whole, num_points, device, _NO_LIMIT)
-    return points
-
-
 def _sample_by_kernel(
     recipes: np.ndarray,
     num_points: int,
     device: torch.device,
-    most_candidates: int,
+    least_kept: int,
     tables: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Points `(3, shapes, num_points)`, and which shapes have fewer, by one kernel that draws until it is done."""
-    from ..kernels.shapes import sample_surfaces
+    """
+    Points `(3, shapes, num_points)`, by one kernel that draws until it is done; and the shapes of whose first
+    candidates fewer are kept than `least_kept`, which have no points.
+    """
+    from ..kernels.shapes import most_shapes, sample_surfaces
 
-    tables = shape_tables(recipes) if tables is None else tables
-    tables = {name: table.to(device, non_blocking=True) for name, table in tables.items()}
-    points, found = sample_surfaces(tables, num_points, most_candidates)
-    return points, np.flatnonzero(found.cpu().numpy() < num_points)
+    shapes = most_shapes(num_points)
+    if len(recipes) > shapes:
+        tables = None
+    points, found = torch.empty(3, len(recipes), num_points, device=device), []
+    for start in range(0, len(recipes), shapes):
+        rows = slice(start, start + shapes)
+        of_rows = shape_tables(recipes[rows]) if tables is None else tables
+        of_rows = {name: table.to(device, non_blocking=True) for name, table in of_rows.items()}
+        points[:, rows], count = sample_surfaces(of_rows, num_points, least_kept, _limit(num_points))
+        found.append(count.cpu().numpy())
+    found = np.concatenate(found) if found else np.empty(0, dtype=np.int32)
+    _check_found((found >= 0) & (found < num_points), recipes)
+    return points, np.flatnonzero(found < 0)
 
 
 def _sample_in_turn(
-    recipes: np.ndarray, num_points: int, device: torch.device, most_candidates: int
+    recipes: np.ndarray,
+    num_points: int,
+    device: torch.device,
+    least_kept: int,
+    tables: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """The same in plain torch, some shapes after the other."""
+    """The same operator by operator, some shapes after the other; `tables` are made anew."""
     # Tests go over the primitives in turn, so shapes that have many come first.
     order = np.argsort(-_used_slots(recipes["primitives"]), kind="stable")
     shapes = max(1, _ROUND_SIZE["cpu" if device.type == "cpu" else "cuda"] // num_points)
-    points, short = torch.empty(3, len(recipes), num_points, device=device), []
+    points, emptied = torch.empty(3, len(recipes), num_points, device=device), [np.empty(0, dtype=np.int64)]
     for start in range(0, len(order), shapes):
         rows = order[start : start + shapes]
-        points[:, _tensor(rows, device)], incomplete = _sample(recipes[rows], num_points, device, most_candidates)
-        short.append(rows[incomplete])
-    return points, np.concatenate(short) if short else order
+        points[:, _tensor(rows, device)], without = _sample(recipes[rows], num_points, device, least_kept)
+        emptied.append(rows[without])
+    return points, np.concatenate(emptied)
+
+
+def _limit(num_points: int) -> int:
+    """Candidates after which a shape has no surface."""
+    return _MOST_CANDIDATES * num_points + (1 << 22)
+
+
+def _check_found(incomplete: np.ndarray, recipes: np.ndarray):
+    if incomplete.any():
+        raise RuntimeError(f"the shapes with the keys {recipes['key'][incomplete].tolist()} have no surface.")
 
 
 def _sample(
-    recipes: np.ndarray, num_points: int, device: torch.device, most_candidates: int
+    recipes: np.ndarray, num_points: int, device: torch.device, least_kept: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Points `(3, shapes, num_points)`: rounds of candidates until every shape has its points or had its chance."""
+    """Points `(3, shapes, num_points)`: rounds of candidates until every shape has its points; and those without."""
     composition = _Composition(recipes, device)
     points = torch.empty(3, len(recipes) * (num_points + 1), device=device)  # a last place for what is too much
     rows, found, drawn = np.arange(len(recipes)), np.zeros(len(recipes), dtype=np.int64), 0
-    count = first = num_points * 5 // 4 + 1
-    while len(rows) and drawn < most_candidates:
-        count = min(count, most_candidates - drawn)  # so that it does not depend on the others what a shape becomes
+    count = first = max(num_points * 5 // 4 + 1, _TRIAL)
+    emptied = np.zeros(len(recipes), dtype=bool)
+    while len(rows):
         candidates, keep = composition.select(rows).draw(drawn, count)
+        if drawn == 0:
+            emptied = (keep[:, :_TRIAL].sum(1) < least_kept).cpu().numpy()
         place = keep.cumsum(1) + _tensor(found[rows, None], device)
         found[rows], drawn = place[:, -1].cpu().numpy(), drawn + count
         place = (place - (num_points + 1)).clamp_(max=0) * keep + _tensor(rows[:, None] * (num_points + 1), device)
         place = place.add_(num_points).view(-1)
         for values, coordinate in zip(points, candidates, strict=True):
             values.scatter_(0, place, coordinate.view(-1))
-        rows = rows[found[rows] < num_points]
+        incomplete = (found < num_points) & ~emptied
+        if drawn > _limit(num_points):
+            _check_found(incomplete, recipes)
+        rows = np.flatnonzero(incomplete)
         if len(rows):  # the next round is to satisfy most, in no more work than the first
             missing = (num_points - found[rows]) * drawn / np.maximum(found[rows], 1)
             count = int(np.clip(1.05 * np.quantile(missing, 0.75), first // 8 + 1, first * len(recipes) / len(rows)))
-    return points.view(3, len(recipes), num_points + 1)[:, :, :num_points], rows
+    return points.view(3, len(recipes), num_points + 1)[:, :, :num_points], np.flatnonzero(emptied)
 
 
 class _Composition:

@@ -1,7 +1,8 @@
 """Procedural shapes in one GPU kernel: the same clouds as the reference in `data/procedural.py`.
 
-A program makes one shape: it draws candidates and tests them until it has all the points, so nothing is read back
-and nothing but points is written to memory. Every operation is rounded as it is there, one by one.
+A program makes one shape: it draws candidates and tests them until it has all the points, so candidates never leave
+the chip, and the host is asked nothing between them. Every operation is rounded as it is there, one by one, but for
+the angle that tells in which sector around an axis a point is.
 """
 
 import torch
@@ -13,9 +14,11 @@ from ..data.procedural_recipes import MULTIPLIERS
 from .gpu import _launch
 
 
-CANDIDATES, WARPS = 256, 2  # that a program draws at a time, and its warps
+CANDIDATES, WARPS = 256, 2  # that a program draws at a time, a divisor of the trial; and its warps
+_MOST_SHAPES, _MOST_POINTS = 1 << 15, 1 << 29  # of a launch, so that places are numbers of 32 bits
 
 _TABLE_SIZE = tl.constexpr(procedural._TABLE_SIZE)
+_TRIAL = tl.constexpr(procedural._TRIAL)
 _TABLE_STRIDE = tl.constexpr(procedural._TABLE_STRIDE)
 _FIRST_CANDIDATE = tl.constexpr(procedural._FIRST_CANDIDATE)
 _TINY = tl.constexpr(procedural._TINY)
@@ -138,7 +141,11 @@ def _distance(test, stride, x, y, z):
     return tl.sqrt_rn(across * across + up * up + both) + inner
 
 
-@triton.jit
+# These differ from batch to batch, and are not worth a compilation each.
+_SIZES = ["num_shapes", "num_points", "least_kept", "most_candidates", "num_patches", "num_frames"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _sample_surface(
     points,
     found,
@@ -152,20 +159,21 @@ def _sample_surface(
     num_primitives,
     num_shapes,
     num_points,
+    least_kept,
     most_candidates,
     num_patches,
     num_frames,
     NUMBERS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """Points `(3, num_shapes, num_points)` of one shape, and how many of them were found."""
+    """Points `(3, num_shapes, num_points)` of one shape, and how many were found; -1 if it failed the trial."""
     shape = tl.program_id(0)
     first, step = tl.load(key + 2 * shape), tl.load(key + 2 * shape + 1)
     entries += shape * _TABLE_SIZE
     margin_unit = tl.load(tolerance + shape)
     slots = tl.load(num_primitives + shape)
-    count, start = 0, 0
-    while (count < num_points) & (start < most_candidates):
+    count, kept, start = 0, 0, 0
+    while (start < _TRIAL) | ((kept >= least_kept) & (count < num_points) & (start < most_candidates)):
         number = start + tl.arange(0, CANDIDATES)
         entry = (first + number * _TABLE_STRIDE) & (_TABLE_SIZE - 1)
         patch = patches + tl.load(entries + entry)
@@ -249,21 +257,29 @@ def _sample_surface(
         tl.store(at + num_shapes * num_points, y, mask=stored)
         tl.store(at + 2 * num_shapes * num_points, z, mask=stored)
         count += tl.sum(keep.to(tl.int32), 0)
+        if start < _TRIAL:
+            kept = count
         start += CANDIDATES
-    tl.store(found + shape, tl.minimum(count, num_points))
+    tl.store(found + shape, tl.where(kept < least_kept, -1, tl.minimum(count, num_points)))
+
+
+def most_shapes(num_points: int) -> int:
+    """How many shapes a launch may make."""
+    return max(1, min(_MOST_SHAPES, _MOST_POINTS // num_points))
 
 
 def sample_surfaces(
-    tables: dict[str, torch.Tensor], num_points: int, most_candidates: int
+    tables: dict[str, torch.Tensor], num_points: int, least_kept: int, most_candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Args:
         tables: of the shapes, from [`shape_tables`][jointmae_hf.data.procedural.shape_tables], on a GPU.
         num_points: points of each.
-        most_candidates: a shape that finds fewer points among so many stays incomplete.
+        least_kept: a shape that keeps fewer of its first candidates gets no points.
+        most_candidates: after so many none are drawn.
 
     Returns:
-        float32 `(3, shapes, num_points)`, and how many points of each shape there are, int32 `(shapes,)`.
+        float32 `(3, shapes, num_points)`; and int32 `(shapes,)`, how many points of each there are, -1 for none.
     """
     tests = tables["tests"]  # (primitives, numbers, shapes, 1)
     num_shapes = tests.shape[2]
@@ -284,6 +300,7 @@ def sample_surfaces(
         tables["slots"],
         num_shapes,
         num_points,
+        least_kept,
         most_candidates,
         tables["patches"].shape[1],
         tables["frames"].shape[1],

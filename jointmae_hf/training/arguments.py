@@ -78,7 +78,7 @@ class PreTrainingArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _argument(
         None, "Precision of the forward pass (default: what `accelerate launch` says, else no)."
     )
-    compile: bool = _argument(False, "Compile the model with torch.compile.")
+    compile: bool = _argument(False, "Compile the blocks of the model with torch.compile.")
     ema_decay: float | None = _argument(
         None, "Keep an exponential moving average of the weights, and end with it (0.999, say; default: none)."
     )

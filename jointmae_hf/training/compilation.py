@@ -12,7 +12,8 @@ from ..modeling_joint_mae import (
 
 
 _BLOCKS = (JointMAEPointEmbeddings, JointMAEImageEmbeddings, JointMAEPositionEmbeddings, JointMAELayer)
-_MOST_VARIANTS = 64  # of the code of a block: with and without mask, gradient, or image, and sizes
+# Of all blocks of a process together: with and without mask, gradient or image, and sizes. torch has 8.
+_MOST_VARIANTS = 64
 
 
 def compile_blocks(model: nn.Module):
@@ -26,7 +27,14 @@ def compile_blocks(model: nn.Module):
         model: any of this package.
     """
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch 2.6
+    setattr(config, limit, max(getattr(config, limit), _MOST_VARIANTS))
     for module in model.modules():
         if isinstance(module, _BLOCKS):
             module.compile(dynamic=False)
+
+
+def release_blocks(model: nn.Module):
+    """Takes [`compile_blocks`] back, so that what comes now may have any size and hooks."""
+    for module in model.modules():
+        module._compiled_call_impl = None

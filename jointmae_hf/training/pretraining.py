@@ -63,7 +63,7 @@ from .checkpoints import (
     verify_checkpoint,
     whole_weights,
 )
-from .compilation import compile_blocks
+from .compilation import compile_blocks, release_blocks
 from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms, set_learning_rate
 from .prefetch import prefetch
@@ -664,7 +664,8 @@ class PreTrainer:
         if self.average is not None:
             self.average.copy_to_model()
         if not self.is_sharded:
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            release_blocks(model)
             return model.eval()
         model = build_untrained_model(self.config, self.arguments.seed)
         model.load_state_dict(whole_weights(self.raw_model))

@@ -465,7 +465,7 @@ class JointMAEAttention(nn.Module):
         """All tokens attend to the first `num_keys`, or to all of them."""
         input_shape = hidden_states.shape[:-1]
         device_type = hidden_states.device.type
-        # What is compiled needs no help, and could not be traced in torch 2.11.
+        # Compiled code needs no help, and torch 2.11 cannot trace the question.
         if not torch.compiler.is_compiling() and torch.amp.is_autocast_available(device_type):
             if torch.is_autocast_enabled(device_type):  # one copy for all three projections
                 hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
@@ -516,14 +516,14 @@ class JointMAEDropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
         self.drops = drop_prob > 0
-        # A tensor, so that what is compiled for one block serves all.
-        self.probability = nn.Buffer(torch.tensor(drop_prob), persistent=False)
+        # A tensor, so that what is compiled for one block serves all; the same one draws and scales, in any precision.
+        self.keep_prob = nn.Buffer(torch.tensor(1 - drop_prob), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not (self.drops and self.training):
             return hidden_states
-        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.probability
-        return hidden_states * keep.to(hidden_states.dtype) / (1 - self.probability)
+        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) < self.keep_prob
+        return hidden_states * keep.to(hidden_states.dtype) / self.keep_prob
 
 
 class JointMAELayer(GradientCheckpointingLayer):
@@ -573,7 +573,7 @@ class JointMAEPreTrainedModel(PreTrainedModel):
         if isinstance(module, JointMAEPositionEmbeddings):
             init.copy_(module.image_positions, sincos_2d(module.grid_size, module.image_positions.shape[-1]))
         elif isinstance(module, JointMAEDropPath):
-            init.constant_(module.probability, module.drop_prob)
+            init.constant_(module.keep_prob, 1 - module.drop_prob)
         elif isinstance(module, (JointMAEModel, JointMAEDecoder)):
             init.normal_(module.modality_embeddings, std=self.config.initializer_range)
         if isinstance(module, JointMAEDecoder):
