@@ -341,7 +341,6 @@ def short_trial(monkeypatch):
     """The interpreter takes long for many candidates."""
     monkeypatch.setattr(procedural, "_TRIAL", 256)
     monkeypatch.setattr(procedural, "_LEAST_KEPT", 10)
-    monkeypatch.setattr(shapes, "_TRIAL", triton.language.constexpr(256))
 
 
 @runs_kernels

@@ -7,7 +7,6 @@ there is nothing to save but the step, and any number of processes sees the same
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from .augmentation import ORDER, counter_generator, normalize_clouds
 from .collation import VIEW_NAMES, PreTrainingCollator, move_batch, split_batch
 from .loading import PointClouds, check_column, load_point_clouds, load_point_dataset
-from .procedural import finish_clouds, procedural_clouds, shape_tables, surface_points
+from .procedural import HAS_KERNEL, finish_clouds, procedural_clouds, shape_tables, surface_points
 from .procedural_recipes import RECIPE, VERSION, draw_recipes
 
 
@@ -180,8 +179,7 @@ class MixedBatches(Dataset):
         is_recipe = np.array([cloud.ndim == 1 for cloud in clouds])
         batch = {"inputs": inputs, "is_recipe": torch.from_numpy(is_recipe), "views": []}
         batch["recipes"] = torch.from_numpy(recipes[is_recipe].view(np.uint8))
-        by_kernel = is_recipe.any() and find_spec("triton") is not None
-        batch["tables"] = shape_tables(recipes[is_recipe]) if by_kernel else None
+        batch["tables"] = shape_tables(recipes[is_recipe]) if HAS_KERNEL and is_recipe.any() else None
         for view in views:
             arrays = {"points": normalize_clouds(view.points), "numbers": view.numbers}
             arrays |= {"matrix": view.matrix.astype(np.float32), "shift": view.shift.astype(np.float32)}

@@ -21,12 +21,12 @@ Notable choices:
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..kernels import DEVICES
 from .procedural_recipes import (
     BEND,
     BULGE,
@@ -43,6 +43,7 @@ from .procedural_recipes import (
 )
 
 
+HAS_KERNEL = "cuda" in DEVICES  # whether a GPU makes shapes by one kernel, from tables
 # Candidates are drawn from a table of patches with entries in proportion to their areas. The stride, near the golden
 # section of its size, visits all entries and leaves the beginning of any stretch of candidates balanced.
 _TABLE_SIZE = 2048
@@ -152,8 +153,7 @@ def surface_points(
         float32 `(3, shapes, num_points)`, in units of the recipe.
     """
     device = torch.device(device)
-    by_kernel = device.type == "cuda" and find_spec("triton") is not None
-    sample = _sample_by_kernel if by_kernel else _sample_in_turn
+    sample = _sample_by_kernel if device.type == "cuda" and HAS_KERNEL else _sample_in_turn
     points, emptied = sample(recipes, num_points, device, _LEAST_KEPT, tables)
     if len(emptied):
         whole = recipes[emptied]

@@ -18,7 +18,6 @@ CANDIDATES, WARPS = 256, 2  # that a program draws at a time, a divisor of the t
 _MOST_SHAPES, _MOST_POINTS = 1 << 15, 1 << 29  # of a launch, so that places are numbers of 32 bits
 
 _TABLE_SIZE = tl.constexpr(procedural._TABLE_SIZE)
-_TRIAL = tl.constexpr(procedural._TRIAL)
 _TABLE_STRIDE = tl.constexpr(procedural._TABLE_STRIDE)
 _FIRST_CANDIDATE = tl.constexpr(procedural._FIRST_CANDIDATE)
 _TINY = tl.constexpr(procedural._TINY)
@@ -164,6 +163,7 @@ def _sample_surface(
     num_patches,
     num_frames,
     NUMBERS: tl.constexpr,
+    TRIAL: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     """Points `(3, num_shapes, num_points)` of one shape, and how many were found; -1 if it failed the trial."""
@@ -173,7 +173,7 @@ def _sample_surface(
     margin_unit = tl.load(tolerance + shape)
     slots = tl.load(num_primitives + shape)
     count, kept, start = 0, 0, 0
-    while (start < _TRIAL) | ((kept >= least_kept) & (count < num_points) & (start < most_candidates)):
+    while (start < TRIAL) | ((kept >= least_kept) & (count < num_points) & (start < most_candidates)):
         number = start + tl.arange(0, CANDIDATES)
         entry = (first + number * _TABLE_STRIDE) & (_TABLE_SIZE - 1)
         patch = patches + tl.load(entries + entry)
@@ -257,7 +257,7 @@ def _sample_surface(
         tl.store(at + num_shapes * num_points, y, mask=stored)
         tl.store(at + 2 * num_shapes * num_points, z, mask=stored)
         count += tl.sum(keep.to(tl.int32), 0)
-        if start < _TRIAL:
+        if start < TRIAL:
             kept = count
         start += CANDIDATES
     tl.store(found + shape, tl.where(kept < least_kept, -1, tl.minimum(count, num_points)))
@@ -305,6 +305,7 @@ def sample_surfaces(
         tables["patches"].shape[1],
         tables["frames"].shape[1],
         NUMBERS=tests.shape[1],
+        TRIAL=procedural._TRIAL,
         CANDIDATES=CANDIDATES,
         num_warps=WARPS,
     )
