@@ -1,5 +1,7 @@
 """Procedural shapes: what they depend on, where their points lie, how they are distributed."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -287,6 +289,18 @@ def test_what_a_shape_gets_back_does_not_depend_on_the_others():
     together = surface_points(recipes, 32)
     alone = torch.cat([surface_points(recipes[i : i + 1], 32) for i in range(40)], dim=1)
     assert torch.equal(together, alone)
+
+
+def test_a_shape_without_surface_is_named(monkeypatch):
+    recipes = draw_recipes(range(200), seed=1)
+    recipes = recipes[(recipes["primitives"]["present"].sum(1) == 1) & (recipes["layout"] == 0)][:3]
+    recipes["primitives"][1, 1] = recipes["primitives"][1, 0]
+    recipes["primitives"]["subtracts"][1, 1] = True
+    for name in ("half_width", "half_height", "corner", "size"):
+        recipes["primitives"][name][1, 1] *= 3
+    monkeypatch.setattr(procedural, "_limit", lambda num_points: 10_000)
+    with pytest.raises(RuntimeError, match=re.escape(f"keys [{recipes['key'][1].tolist()}] have no surface")):
+        procedural._sample_in_turn(recipes, 64, torch.device("cpu"), least_kept=0)
 
 
 # ---- Deformation and normalisation
