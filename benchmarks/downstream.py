@@ -28,6 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jointmae_hf.evaluation.results import read_result, weights_digest
+from jointmae_hf.evaluation.tasks import load_encoder
+
 
 TASKS = ("linear_svm", "few_shot", "retrieval", "classification", "part_segmentation")
 FRACTIONS = (0.01, 0.05, 0.1, 0.5, 1.0)
@@ -97,6 +100,14 @@ def make_table(file: Path) -> Path:
     return folder
 
 
+def check_results_are_of(model: str, output: Path, parser: argparse.ArgumentParser):
+    """What is not repeated must have been measured with this model."""
+    found = [read_result(file) for file in sorted(output.glob("*.json"))]
+    found = [result for result in found if result.model["initialization"] == "pretrained"]
+    if found and {result.model["weights"] for result in found} != {weights_digest(load_encoder(model))}:
+        parser.error(f"--output: {output} holds results of other weights than those of {model}; name another folder")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="pre-trained model")
@@ -109,6 +120,7 @@ def main():
     data = make_table(options.data) if options.data is not None and options.data.suffix == ".npz" else options.data
     dataset = [] if data is None else ["--dataset", str(data)]
     options.output.mkdir(parents=True, exist_ok=True)
+    check_results_are_of(options.model, options.output, parser)
     for task, name, (script, *arguments) in commands(options.model, is_kicad=data is None):
         result = options.output / f"{task}-{name}.json"
         if task not in options.tasks or options.only not in result.name or result.exists():

@@ -22,6 +22,8 @@ COMMON = {"num_points": None, "seed": 0}
 TABLES = {"dtype": "float32", "rows_per_shard": 1024}
 LICENSE = {"license": "unknown"}
 KICAD = {"max_shapes": None, "max_per_class": None, "min_per_class": 20, "coordinate_bits": 10}
+# Options with their defaults, by which builders take them.
+GROUPS = {"all but kicad": TABLES, "folder": LICENSE, "kicad": {"doc": None, **KICAD}}
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,27 +39,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder as this data set")
     parser.add_argument("--public", action="store_true", help="make the new repository public; see the card's licence")
 
-    tables = parser.add_argument_group("all but kicad")
-    tables.add_argument("--dtype", choices=["float32", "float16"], default=TABLES["dtype"])
-    tables.add_argument("--rows_per_shard", type=int, default=TABLES["rows_per_shard"])
-    tables.add_argument(
-        "--license", default=LICENSE["license"], help="licence of a `folder`, an identifier of the Hub"
-    )
-
-    kicad = parser.add_argument_group("kicad")
+    # An option that was not given leaves no trace, so that one that was can be refused.
+    tables, folder, kicad = (parser.add_argument_group(g, argument_default=argparse.SUPPRESS) for g in GROUPS)
+    tables.add_argument("--dtype", choices=["float32", "float16"])
+    tables.add_argument("--rows_per_shard", type=int)
+    folder.add_argument("--license", help="licence of the shapes, an identifier of the Hub")
     kicad.add_argument(
         "--doc", type=Path, help="folder with the package's `copyright` and `changelog.Debian.gz`, when there is one"
     )
     kicad.add_argument("--max_shapes", type=int, help="thin out the largest classes until no more shapes remain")
     kicad.add_argument("--max_per_class", type=int)
-    kicad.add_argument("--min_per_class", type=int, default=KICAD["min_per_class"])
-    kicad.add_argument(
-        "--coordinate_bits",
-        type=int,
-        default=KICAD["coordinate_bits"],
-        help="round coordinates to multiples of 2^-this",
-    )
-    return parser.parse_args()
+    kicad.add_argument("--min_per_class", type=int)
+    kicad.add_argument("--coordinate_bits", type=int, help="round coordinates to multiples of 2^-this")
+    args = parser.parse_args()
+    for group, options in GROUPS.items():
+        for option, default in options.items():
+            if group == args.name or (group == "all but kicad" and args.name != "kicad"):
+                setattr(args, option, getattr(args, option, default))
+            elif option in args:
+                value = getattr(args, option)
+                parser.error(f"`--{option}` is {value}, but `name` is {args.name}, expected {group}.")
+    return args
 
 
 def main() -> None:
@@ -75,7 +77,7 @@ def build_tables(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in (COMMON | TABLES)}
     report = build_dataset(source, args.output, num_workers=args.num_workers, **chosen)
     print(report)
-    write_card(source, report, args.output, command_line(args, COMMON | TABLES | LICENSE))
+    write_card(source, report, args.output, command_line(args, COMMON | TABLES | (LICENSE if is_folder else {})))
 
 
 def build_kicad(args: argparse.Namespace) -> None:

@@ -11,6 +11,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+for argument in "$@"; do
+    case $argument in
+        --output_dir | --output_dir=*) echo "error: name the folder as OUTPUT=... before the command" >&2 && exit 2 ;;
+    esac
+done
 VENV=${VENV:-.venv}
 OUTPUT=${OUTPUT:-outputs/speedrun}
 make --no-print-directory "$VENV/.train" VENV="$VENV"

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-RESULTS=benchmarks/results/downstream
+RESULTS=outputs/results/downstream  # those of the released weights are in benchmarks/results
 LDRAW=${1:-}
 
 # 192,000 shapes seen cleanly; then 384,000 others, their views slightly turned and noisy. On the CPU: with a GPU the speedrun
@@ -42,6 +42,7 @@ release outputs/joint-mae-tiny joint-mae-tiny apache-2.0 \
     --notes model_cards/notes/joint-mae-tiny.md
 head() { # RESULTS NAME: the model of seed 0
     release "outputs/downstream/joint-mae-tiny/kicad/$1/seed-0" "$2" cc-by-sa-4.0 --base_model org/joint-mae-tiny \
+        --attach examples/data/kicad-parts/ATTRIBUTION.md \
         --results "$RESULTS/kicad/$1.json" "$RESULTS/kicad/${1/pretrained/scratch}.json" \
         "$RESULTS/kicad/${1/pretrained/forest}.json" --notes "model_cards/notes/$2.md"
 }

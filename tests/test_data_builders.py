@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from jointmae_hf.data.builders import (
     ShapeItem,
     ShapeSource,
     build_dataset,
+    core,
     draw_contact_sheet,
     open_folder,
     open_source,
@@ -33,6 +35,7 @@ from jointmae_hf.data.builders.shapenet import PART_BOUNDS, SHAPENET55_CLASSES, 
 from jointmae_hf.data.loading import load_point_clouds, load_point_dataset, load_point_table
 
 
+COMMAND = Path(__file__).parents[1] / "examples" / "build_dataset.py"
 SPLITS = {"train": "training", "test": "test"}
 
 
@@ -699,25 +702,79 @@ def test_a_folder_that_holds_another_build_is_left_alone(tmp_path):
             build_dataset(open_folder(root), tmp_path / "new", **argument)
 
 
+def test_a_build_killed_at_its_first_shard_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    source, save_state = open_folder(mixed_folder(tmp_path / "shapes", count=3)), core._save_state
+    build_dataset(source, tmp_path / "whole", num_points=16)
+
+    # Before anything was finished: there is nothing yet that another build would spoil.
+    write(tmp_path / "out" / "data" / ".train-00000-of-00007.parquet.partial", b"half")
+    monkeypatch.setattr(core, "_save_state", lambda *state: [save_state(*state), sys.exit("killed")])
+    with pytest.raises(SystemExit):
+        build_dataset(source, tmp_path / "out", num_points=8, rows_per_shard=1)
+    # Between the first shard and its entry.
+    monkeypatch.setattr(core, "_save_state", lambda *state: sys.exit("killed") if state[2] else save_state(*state))
+    with pytest.raises(SystemExit):
+        build_dataset(source, tmp_path / "out", num_points=16)
+    assert len(list((tmp_path / "out" / "data").glob("*.parquet"))) == 1
+    monkeypatch.undo()
+    build_dataset(source, tmp_path / "out", num_points=16)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# ---- Command
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "expected"),
+    [
+        ("modelnet40", "max_shapes", "5", "kicad"),
+        ("folder", "min_per_class", "20", "kicad"),
+        ("shapenet55", "doc", "there", "kicad"),
+        ("modelnet40", "license", "mit", "folder"),
+        ("kicad", "license", "mit", "folder"),
+        ("kicad", "dtype", "float32", "all but kicad"),
+        ("kicad", "rows_per_shard", "1024", "all but kicad"),
+    ],
+)
+def test_an_option_that_a_builder_does_not_take_is_refused(monkeypatch, capsys, name, option, value, expected):
+    monkeypatch.setattr(sys, "argv", ["build", name, "--source", ".", "--output", "out", f"--{option}", value])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(COMMAND))["parse_args"]()
+    assert f"`--{option}` is {value}, but `name` is {name}, expected {expected}." in capsys.readouterr().err
+
+
+def test_the_command_builds_a_folder_with_its_options(tmp_path, monkeypatch):
+    root = mixed_folder(tmp_path / "shapes", count=3)
+    options = ["--license", "mit", "--dtype", "float16"]
+    monkeypatch.setattr(sys, "argv", ["build", "folder", f"--source={root}", f"--output={tmp_path / 'out'}", *options])
+    runpy.run_path(str(COMMAND), run_name="__main__")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "license: mit\n" in card
+    assert "folder --source shapes --output out --dtype float16 --license mit\n" in card
+
+
 # ---- Hub
 
 
-def client_push(folder: str) -> int:
+def client_push(*folders: str) -> int:
     import datasets
 
     from jointmae_hf.data.builders import push_to_hub
 
-    push_to_hub(folder, "org/shapes")
+    for folder in folders:
+        push_to_hub(folder, "org/shapes")
     return datasets.load_dataset("org/shapes")["train"].num_rows
 
 
-def test_a_pushed_folder_is_private_and_loads_by_its_name(tmp_path):
+def test_a_pushed_folder_is_private_loads_by_its_name_and_replaces_older_tables(tmp_path):
     source = open_folder(mixed_folder(tmp_path / "shapes", count=3))
     report = build_dataset(source, tmp_path / "out")
     write_card(source, report, tmp_path / "out", "the command")
+    build_dataset(source, tmp_path / "older", rows_per_shard=2)
     write(tmp_path / "out" / "data" / ".train-00000-of-00001.parquet.partial", b"half")
+    folders = [str(tmp_path / name) for name in ("older", "out")]
     with HubServer() as hub:
-        assert hub.call(client_push, tmp_path, str(tmp_path / "out")) == report.num_rows["train"]
+        assert hub.call(client_push, tmp_path, *folders) == report.num_rows["train"]
         files = hub.files("org/shapes", kind="datasets")
         assert hub.repository("org/shapes", kind="datasets").private
     assert {name for name in files if not name.startswith(".git")} == {

@@ -412,6 +412,8 @@ def test_a_build_goes_on_from_the_parts_it_has_read(tmp_path):
     (root / "Package_QFP.3dshapes" / "Torn.wrl").write_text(part(2)[:300])
     expected, report = build_kicad_dataset(root, num_points=16, min_per_class=4)
     parts_folder, counts = tmp_path / "parts", []
+    (parts_folder / "data").mkdir(parents=True)  # a build that was killed at its first shard
+    (parts_folder / "data" / ".all-00000-of-00001.parquet.partial").write_bytes(b"half")
     for num_workers in (1, 2):
         built, resumed = build_kicad_dataset(
             root, num_points=16, min_per_class=4, parts_folder=parts_folder, num_workers=num_workers

@@ -20,6 +20,7 @@ from jointmae_hf.data.augmentation import (
     subsample,
 )
 from jointmae_hf.data.collation import EpochBatches, PreTrainingCollator, StreamBatches, split_batch
+from jointmae_hf.data.labelled import load_labelled_splits
 from jointmae_hf.data.loading import (
     PointClouds,
     clouds_from_arrow,
@@ -117,6 +118,22 @@ def test_large_offsets_do_not_eat_the_shape():
     np.testing.assert_allclose(cloud - cloud.mean(0), shape - shape.mean(0), atol=1e-5)
 
 
+def test_coordinates_that_float32_does_not_hold_are_named_by_their_row():
+    def clouds(cloud) -> PointClouds:
+        return clouds_from_arrow(pa.chunked_array([pa.array([GOOD, cloud], pa.list_(pa.list_(pa.float64())))]), "xyz")
+
+    with pytest.raises(ValueError, match=r"row 1 of column 'xyz' reaches to 1e\+39, expected .* range of float32"):
+        clouds([[0, 0, 0], [1e39, 1, 1]])
+    with pytest.raises(ValueError, match=r"row 1 .* reaches to 1.7e\+308"):
+        clouds([[1.7e308, 0, 0], [1.6e308, 1, 1]])
+    with pytest.raises(ValueError, match="row 1 .* has all its 2 points in one place"):
+        clouds([[0, 0, 0], [1e-60, 0, 0]])
+    assert clouds([[1e39, 0, 0], [1e39 + 2e37, 0, 0]])[1].tolist() == [
+        [-np.float32(1e37), 0, 0],
+        [np.float32(1e37), 0, 0],
+    ]
+
+
 GOOD = [[0, 0, 0], [1, 1, 1]]
 
 
@@ -204,6 +221,44 @@ def test_the_files_of_a_pattern_are_of_the_split_in_their_name(tmp_path):
         assert len(load_point_dataset(str(tmp_path / "*.parquet"), split)) == size, split
 
 
+def test_the_path_of_a_file_is_no_pattern(tmp_path):
+    for folder, size in {"p[1]": 2, "p1": 3, "p*": 4}.items():
+        (tmp_path / folder).mkdir()
+        as_dataset(random_clouds([5] * size)).to_parquet(tmp_path / folder / "my_test[0].parquet")
+    for name, size in {"p[1]/my_test[0]": 2, "p*/my_test[0]": 4, "p1/my_test[[]0]": 3, "p?*/*": 9}.items():
+        for streaming in (False, True):
+            rows = load_point_dataset(str(tmp_path / f"{name}.parquet"), "test", streaming=streaming)
+            assert len(list(rows)) == size, name
+
+
+def save_labels(path, labels, **columns) -> str:
+    """Two different clouds and more, with bare integers as labels."""
+    clouds = random_clouds([5] * len(labels))
+    as_dataset(clouds, label=(datasets.Value("int64"), labels), **columns).to_parquet(path)
+    return str(path)
+
+
+def test_bare_integers_of_any_size_are_no_classes(tmp_path):
+    path = save_labels(tmp_path / "train.parquet", [2691156, 2747177, 2691156])
+    with pytest.raises(ValueError, match="column 'label' has the label 2747177, which makes 2,747,178 .* for 3 rows"):
+        load_labelled_splits(path, ("train",))
+    (few,) = load_labelled_splits(save_labels(tmp_path / "train.parquet", [5000, 1]), ("train",))
+    assert len(few.class_names) == 5001
+    parts = {"parts": (datasets.List(datasets.Value("int64")), [[0, 1, 2, 3, 10_000]] * 2)}
+    path = save_labels(tmp_path / "train.parquet", [0, 1], **parts)
+    with pytest.raises(ValueError, match="column 'parts' has the label 10000"):
+        load_labelled_splits(path, ("train",), part_column="parts")
+
+
+def test_one_class_is_refused_unless_parts_are_asked_for(tmp_path):
+    parts = {"parts": (datasets.List(datasets.Value("int64")), [[0, 1, 0, 1, 1]] * 4)}
+    path = save_labels(tmp_path / "train.parquet", [7] * 4, **parts)
+    splits = ("train[:2]", "train[2:]")
+    with pytest.raises(ValueError, match=r"'label' has the label 7 in every row of 'train\[:2\]', 'train\[2:\]'"):
+        load_labelled_splits(path, splits)
+    assert load_labelled_splits(path, splits, part_column="parts")[1].part_names == ["0", "1"]
+
+
 def test_fingerprints_tell_contents_apart():
     clouds = random_clouds([5, 6])
     same, moved = in_memory(clouds), in_memory(clouds[::-1])
@@ -248,6 +303,35 @@ def test_normalised_clouds_have_mean_zero_and_radius_one():
     np.testing.assert_allclose(normalised.mean(1), 0, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(normalised, axis=2).max(1), 1, rtol=1e-6)
     assert not normalize_clouds(np.ones((1, 5, 3), dtype=np.float32)).any()
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-25, 1e-15, 1e15, 1e20, 5e37])
+def test_clouds_of_every_scale_of_float32_are_normalised(scale):
+    clouds = (np.stack(random_clouds([40] * 3)) * scale).astype(np.float32)
+    clouds[0] = scale
+    clouds[1, :, 0] = 1  # small beside its distance
+    exact = clouds.astype(np.float64)
+    exact -= exact.mean(1, keepdims=True)
+    exact[1:] /= np.linalg.norm(exact[1:], axis=2).max(1)[:, None, None]
+    normalised = normalize_clouds(clouds)
+    assert normalised.dtype == np.float32
+    np.testing.assert_allclose(normalised, exact, atol=2e-6)
+
+
+def test_clouds_at_both_ends_of_their_type_are_normalised():
+    for dtype in (np.float16, np.float32):
+        cloud = np.array([[[1, 0, 0], [1, 0, 0], [1, 0, 0], [-1, 0, 0]]], dtype=dtype) * np.finfo(dtype).max
+        np.testing.assert_allclose(normalize_clouds(cloud)[0, :, 0], [1 / 3, 1 / 3, 1 / 3, -1], rtol=1e-3)
+
+
+def test_extreme_clouds_change_no_digit_of_others():
+    clouds = np.stack(random_clouds([40] * 3)) * np.float32(17) + np.float32(3)
+    mean = clouds.transpose(0, 2, 1).copy().mean(2, dtype=np.float64).astype(np.float32)[:, None]
+    x, y, z = np.moveaxis(clouds - mean, 2, 0)
+    radius = np.sqrt((x * x + y * y + z * z).max(1))
+    expected = (clouds - mean) / radius[:, None, None]
+    clouds[1] *= np.float32(1e30)
+    np.testing.assert_array_equal(normalize_clouds(clouds)[[0, 2]], expected[[0, 2]])
 
 
 def test_augmentation_scales_and_shifts_each_axis_within_its_range():

@@ -154,6 +154,7 @@ def test_no_two_samples_share_their_random_numbers():
         ("procedural:0.8,kicad:0.2", {"procedural": 0.8, "kicad": 0.2}),
         ("procedural", {"procedural": 1.0}),
         (" org/shapes , data/parts/*.parquet:3 ", {"org/shapes": 1.0, "data/parts/*.parquet": 3.0}),
+        ("procedural : 0.8 , my shapes\t: 2", {"procedural": 0.8, "my shapes": 2.0}),
         ("C:/shapes:2,D:/more", {"C:/shapes": 2.0, "D:/more": 1.0}),
     ],
 )
@@ -166,7 +167,9 @@ def test_mixtures_are_read(text, weights):
     [
         ("", "expected NAME:WEIGHT"),
         (":0.5,a", "`train_data` has the item ':0.5'"),
+        (" : 0.5,a", "`train_data` has the item ': 0.5'"),
         ("a:1,a:2", "names 'a' twice"),
+        ("a:1,a :2", "names 'a' twice"),
         ("a:0", "'a' the weight 0.0"),
         ("a:-1", "expected a positive number"),
         ("a:nan", "expected a positive number"),

@@ -81,6 +81,17 @@ def test_linear_svm_is_measured_on_features_of_each_subsample(make, dataset, pre
     assert not result.chosen_on_test and result.settings["C_used"] == [0.01, 0.01]
 
 
+def test_results_of_other_measurements_are_not_replaced_unasked(make, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    evaluate_linear_svm(make(output=None))
+    evaluate_linear_svm(make(output=None, seeds=[1]))
+    assert read_result("outputs/linear_svm-pretrained/result.json").seeds == [1]
+    with pytest.raises(ValueError, match=r"holds the result of another measurement \(`num_points` is 64 there"):
+        evaluate_linear_svm(make(output=None, num_points=32))
+    evaluate_linear_svm(make(output=None, train_fraction=0.5))
+    assert Path("outputs/linear_svm-pretrained-50-percent/result.json").exists()
+
+
 def test_untrained_weights_are_those_that_pretraining_starts_from(make, pretrained):
     result = evaluate_linear_svm(make(untrained=True, seeds=[0, 1]))
     assert result.model["initialization"] == "untrained" and result.model["weights"] is None

@@ -426,6 +426,36 @@ def test_threads_that_share_a_batch_find_the_same_gradient(make, dataset, tuner_
         torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("num_threads", [3, 12])
+def test_any_number_of_threads_may_share_a_batch(make, num_threads):
+    overrides = {"config_overrides": "drop_path_rate=0", "num_threads": num_threads, "max_steps": 2}
+    result = finetune_classification(make("run", batch_size=10, **overrides))
+    assert result.settings["steps"] == 2
+
+
+def test_weights_are_trained_in_float32_whatever_they_were_saved_in(make, pretrained, tmp_path):
+    JointMAEForPreTraining.from_pretrained(pretrained).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    finetune_classification(make("run", model_name_or_path=str(tmp_path / "half"), max_steps=1))
+    kinds = {tensor.dtype for tensor in weights(tmp_path / "run" / "seed-0").values()}
+    assert torch.bfloat16 not in kinds and torch.float32 in kinds
+
+
+def test_a_layer_that_nothing_is_read_from_does_not_hinder_resuming(make, monkeypatch, tmp_path):
+    overrides = {"config_overrides": "pooling_layers=[1]", "max_steps": 2, "save_steps": 1, "save_total_limit": None}
+    finetune_classification(make("straight", **overrides))
+    shutil.copytree(
+        tmp_path / "straight" / "seed-0" / "checkpoint-1", tmp_path / "resumed" / "seed-0" / "checkpoint-1"
+    )
+    finetune_classification(make("resumed", **overrides, resume_from_checkpoint="latest"))
+    assert same(tmp_path / "resumed" / "seed-0", tmp_path / "straight" / "seed-0")
+
+
+def test_more_points_than_clouds_have_are_no_more_points(make):
+    result = finetune_classification(make("run", num_points=500, max_steps=1))
+    assert 64 < result.settings["num_points_used"] < 130
+    assert f"{result.settings['num_points_used']} points" in result.protocol
+
+
 def test_an_encoder_that_draws_random_numbers_is_not_shared_by_threads(make, caplog):
     caplog.set_level(logging.INFO)
     finetune_classification(make("run", num_threads=2, max_steps=1, validation_fraction=0.0))
@@ -478,6 +508,9 @@ def test_few_labels_make_smaller_batches(make, caplog):
         ({"model_name_or_path": None}, "expected a model, or --from_scratch"),
         ({"choose_on_test": True, "baseline": "random_forest"}, "where there is nothing to choose"),
         ({"resume_from_checkpoint": "elsewhere"}, "expected 'latest'"),
+        ({"resume_from_checkpoint": "latest", "overwrite_output_dir": True}, "False with `resume_from_checkpoint`"),
+        ({"head": "linear", "config_overrides": "classifier_num_layers=3"}, "no `classifier_num_layers` with `head`"),
+        ({"seeds": [2**64]}, "distinct numbers from 0 to"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(make, overrides, message):

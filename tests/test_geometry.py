@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
+from jointmae_hf import geometry_joint_mae
 from jointmae_hf.geometry_joint_mae import (
     MIN_DEPTH,
     VIEW_AXES,
@@ -289,6 +290,27 @@ def test_degenerate_clouds_stay_finite(scale, view):
     loss = loss + interpolate_features(points, points[:, :4], points[:, :4]).sum()
     loss.backward()
     assert loss.isfinite() and points.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_kernels_are_used_where_a_graph_is_compiled_and_not_where_it_is_exported(counts, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(geometry_joint_mae, "_COMPILING_COUNTS_AS_EXPORTING", counts)
+    found = []
+
+    class Sampling(torch.nn.Module):
+        def forward(self, points):
+            return farthest_point_sample(points, 4)
+
+    def backend(graph, _):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    points = random_points(1, 40)
+    torch.compile(Sampling(), backend=backend, fullgraph=True)(points)
+    assert any("jointmae_hf" in name for name in found)
+    exported = torch.export.export(Sampling(), (points,))
+    assert not any("jointmae_hf" in str(node.target) for node in exported.graph.nodes)
 
 
 # ---- Depth consistency

@@ -493,8 +493,74 @@ def test_without_image_branch_pretraining_is_3d_alone():
     assert output.loss_2d is None and output.loss_cross is None and output.mask_2d is None
     assert output.reconstructed_patches is None and output.pixel_values is None
     torch.testing.assert_close(output.loss, model.config.point_loss_weight * output.loss_3d)
-    with pytest.raises(ValueError, match="`pixel_values` was given, but this model has no image branch"):
+    with pytest.raises(
+        ValueError, match="`pixel_values` was given, but this encoder has no image branch: `use_image_branch` is false"
+    ):
         model.joint_mae(**with_images(clouds(), model.config))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("point_mask", torch.ones(2, 100, dtype=torch.bool)),
+        ("point_mask", torch.ones(1, 128, dtype=torch.bool)),
+        ("point_mask", torch.ones(2, 128)),
+        ("visible_tokens", torch.arange(4)[None]),
+        ("visible_tokens", torch.arange(2)),
+        ("visible_patches", torch.arange(4)[None]),
+        ("image_dropped", torch.ones(3, dtype=torch.bool)),
+        ("projection", torch.ones(2, 3, 3)),
+    ],
+)
+def test_inputs_of_a_wrong_shape_or_type_are_refused(name, value):
+    model = build(JointMAEModel)
+    with pytest.raises(ValueError, match=rf"`{name}` has shape \({value.shape[0]},"):
+        model(**with_images(clouds(), model.config) | {name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("point_noise", torch.rand(2, 3)),
+        ("point_noise", torch.rand(1, 8)),
+        ("patch_noise", torch.rand(2, 3)),
+        ("view", torch.zeros(3, dtype=torch.int64)),
+        ("point_mask", torch.ones(2, 100, dtype=torch.bool)),
+    ],
+)
+def test_masks_of_a_wrong_shape_are_refused_in_pretraining(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` has shape"):
+        build(JointMAEForPreTraining)(clouds(), **{name: value})
+
+
+def test_only_three_views_are_there():
+    with pytest.raises(ValueError, match="`view` holds 7, expected 0 to 2"):
+        build(JointMAEForPreTraining)(clouds(), view=torch.tensor([0, 7]))
+
+
+def test_a_projection_without_its_images_is_refused():
+    with pytest.raises(ValueError, match="`projection` was given without `pixel_values`"):
+        build(JointMAEForPreTraining)(clouds(), projection=torch.ones(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "model_class", [JointMAEForPreTraining, JointMAEForPointCloudClassification, JointMAEForPartSegmentation]
+)
+def test_a_configuration_may_ask_for_tuples(model_class):
+    inputs = masked_inputs() if model_class is JointMAEForPreTraining else {"point_values": clouds()}
+    expected = build(model_class)(**inputs).to_tuple()
+    outputs = build(model_class, tiny_config(return_dict=False))(**inputs)
+    assert isinstance(outputs, tuple) and len(outputs) == len(expected)
+    assert all(torch.equal(output, value) for output, value in zip(outputs, expected, strict=True))
+
+
+def test_a_sheet_seen_from_above_does_not_take_over_the_loss():
+    model, losses = build(JointMAEForPreTraining), {}
+    for thickness in (0.0, 1e-6, 1e-3, 0.02, 0.5):
+        inputs = masked_inputs()
+        inputs["point_values"][..., 2] *= thickness
+        losses[thickness] = model(**inputs).loss_cross.item()
+    assert losses[0.5] > 0 and max(losses.values()) < 1
 
 
 def test_without_cross_loss_the_rest_is_unchanged():

@@ -218,6 +218,15 @@ def test_the_unit_of_length_does_not_matter(processor, factor):
     torch.testing.assert_close(points_of(processor, cloud() * factor), points_of(processor, cloud()))
 
 
+@pytest.mark.parametrize("sampling", ["random", "farthest"])
+@pytest.mark.parametrize("exponent", [-100, -70, 70, 120])
+def test_extreme_units_change_no_digit(processor, sampling, exponent):
+    clouds = [cloud(500).astype(np.float32), cloud(500, 1).astype(np.float32)]
+    expected = points_of(processor, clouds, sampling=sampling)
+    given = [np.ldexp(clouds[0], exponent), clouds[1]]
+    assert torch.equal(points_of(processor, given, sampling=sampling), expected)
+
+
 def test_without_normalisation_coordinates_are_only_cast(processor):
     inputs = processor(cloud(offset=9.0), do_normalize=False, return_normalization=True)
     assert torch.equal(inputs["point_values"][0], torch.from_numpy(cloud(offset=9.0)).float())
@@ -390,6 +399,71 @@ def test_files_of_points(processor, tmp_path, name):
     expected = points_of(processor, cloud())
     assert torch.equal(points_of(processor, path), expected)
     assert torch.equal(points_of(processor, [str(path), cloud()]), expected.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("# columns: x y z nx ny nz", "{0} {1} {2} 7 8 9"),
+        ("# columns: nx ny nz x y z", "7 8 9 {0} {1} {2}"),
+        ("# columns: x y z", "{0} {1} {2}"),
+        ("points in x y z order", "{0} {1} {2}"),
+        ("points in x y z order", "{0} {1} {2} 7 8 9"),
+        ("# Cloud with x y z and colour", "{0} {1} {2} 255 0 0"),
+        ("# made by hand today", "{0} {1} {2} 4"),
+        ("nx ny nz x y z", "7 8 9 {0} {1} {2}"),
+        (",x,y,z", "7,{0},{1},{2}"),
+        ("x,y,z", "{0},{1},{2},"),
+        ("id,x,y,z", "7,{0},{1},{2},9"),
+        ("id,x [m],y [m],z [m]", "7,{0},{1},{2}"),
+        ("id x(mm) y(mm) z(mm)", "7 {0} {1} {2}"),
+        ('"id","X.m","Y.m","Z.m"', "7,{0},{1},{2}"),
+        ("nx,ny,nz,x_m,y_m,z_m", "7,8,9,{0},{1},{2}"),
+        ("vx vy vz pos_x pos_y pos_z", "7 8 9 {0} {1} {2}"),
+        ("OID,POINT_X,POINT_Y,POINT_Z", "7,{0},{1},{2}"),
+        ('"Normals:0","Normals:1","Normals:2","Points:0","Points:1","Points:2"', "7,8,9,{0},{1},{2}"),
+        ("//Nx Ny Nz X Y Z", "7 8 9 {0} {1} {2}"),
+        ("id\tx coord\ty coord\tz coord", "7\t{0}\t{1}\t{2}"),
+        ('"x","y","z"', '"{0}","{1}","{2}"'),
+        ('"name","x","y","z"', '"bolt, 3 mm #2",{0},{1},{2}'),
+        ('"x" "y" "z"', '"7" {0} {1} {2}'),  # R names the rows, without a name above
+        ("'x' 'y' 'z' 'c'", "{0} {1} {2} '#ff0000'"),
+    ],
+)
+def test_the_header_of_a_text_file_tells_the_columns(processor, tmp_path, header, row):
+    expected = [[i, i * i, -i] for i in range(8)]
+    lines = [header, *(row.format(*point) for point in expected)]
+    path = tmp_path / "cloud.txt"
+    path.write_text("\n".join(lines))
+    assert points_of(processor, path, sampling="none", do_normalize=False)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        ("id,px,py,pz", "7,1,2,3", r"columns are named \['id', 'px', 'py', 'pz'\], expected x, y and z among them"),
+        ("# nx ny nz label", "1 2 3 4", r"columns are named \['nx', 'ny', 'nz', 'label'\], expected x, y and z"),
+        (",0,1,2", "7,1,2,3", r"columns are named \['', '0', '1', '2'\], expected x, y and z"),
+        (
+            "id x y z",
+            "7 1 2 3 9",
+            r"header has the 4 names \['id', 'x', 'y', 'z'\], expected one for each of 5 columns",
+        ),
+        ("id,x,y,z", "1,2,3,", "could not convert string ''"),  # the first row lacks z
+    ],
+)
+def test_columns_of_a_text_file_are_not_guessed_against_its_header(processor, tmp_path, header, row, message):
+    path = tmp_path / "cloud.txt"
+    path.write_text("\n".join([header, *[row] * 8]))
+    with pytest.raises(ValueError, match=rf"cloud.txt'\) cannot be read: .*{message}"):
+        processor(path)
+
+
+def test_comments_may_stand_between_the_rows_of_a_text_file(processor, tmp_path):
+    rows = [" ".join(map(repr, point)) for point in cloud().tolist()]
+    path = tmp_path / "cloud.txt"
+    path.write_text("\n".join([*rows[:9], "// second scan", "# by hand", "", *rows[9:]]))
+    assert torch.equal(points_of(processor, path), points_of(processor, cloud()))
 
 
 @pytest.mark.parametrize("suffix", ["ply", "glb", "obj"])
@@ -639,14 +713,33 @@ def test_a_truncated_file_is_refused(processor, tmp_path, suffix):
             [[0, 1, 2], [0, 2, 3], [0, 3, 4]],
         ),
         ("COFF 5 2\n{}5 0 1 2 3 4\n2 0 1\n", [[0, 1, 2], [0, 2, 3], [0, 3, 4]]),
+        ("off\n5 2 0\n{}3 0 1 2\n3 0 2 3", [[0, 1, 2], [0, 2, 3]]),
+        ("OFF\r5 2 0\r{}3 0 1 2\r3 0 2 3\r", [[0, 1, 2], [0, 2, 3]]),
+        ("OFF\n5 3 0\n{}3 0 1 2\n0\n3 0 2 3\n", [[0, 1, 2], [0, 2, 3]]),
     ],
 )
 def test_off_files_are_read_in_all_their_dialects(processor, tmp_path, text, faces):
     trimesh = pytest.importorskip("trimesh")
     path = tmp_path / "mesh.off"
-    path.write_text(text.format("0 0 0\n1  0 0\n1 1 0 255 0 0\n\n0 1 0 # the fourth\n -1e0 .5 0\n"))
+    text = text.format("0 0 0\n1  0 0\n1 1 0 255 0 0\n\n0 1 0 # the fourth\n -1e0 .5 0\n")
+    path.write_bytes((text.replace("\n", "\r") if "OFF\r5" in text else text).encode())
     mesh = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [-1, 0.5, 0]], faces, process=False)
     assert torch.equal(processor(path)["point_values"], processor(mesh)["point_values"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n-1 0 1 2\n", "a face begins with -1, expected its number of corners"),
+        ("OFF BINARY\n", "it begins with 'OFF BINARY.*', expected OFF and two counts"),
+        ("4OFF\n3 0 0\n", "it begins with '4OFF.*', expected OFF and two counts"),
+    ],
+)
+def test_an_off_file_that_is_none_is_refused_with_what_is_wrong(processor, tmp_path, text, message):
+    pytest.importorskip("trimesh")
+    (tmp_path / "mesh.off").write_text(text)
+    with pytest.raises(ValueError, match=rf"mesh.off'\) cannot be read: ValueError: {message}"):
+        processor(tmp_path / "mesh.off")
 
 
 def test_other_bad_files_are_refused_by_name(processor, tmp_path):
@@ -739,6 +832,19 @@ def test_saving_and_loading_changes_nothing(tmp_path):
     assert {name: getattr(loaded, name) for name in SETTINGS} == SETTINGS
     first, second = saved(cloud(500)), loaded(cloud(500))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_numbers_of_numpy_are_saved_as_those_of_python(tmp_path):
+    settings = {**SETTINGS, "view": 1, "seed": 3}
+    given = {
+        name: list(map(np.int64, value)) if isinstance(value, list) else np.int64(value)
+        for name, value in settings.items()
+    }
+    saved = JointMAEPointCloudProcessor(**given, do_normalize=np.True_, do_project=np.False_)
+    expected = JointMAEPointCloudProcessor(**settings)
+    assert saved.to_json_string() == expected.to_json_string()
+    saved.save_pretrained(tmp_path)
+    assert JointMAEPointCloudProcessor.from_pretrained(tmp_path).to_dict() == expected.to_dict()
 
 
 def test_a_saved_processor_brings_its_code_and_names_it_for_both_auto_classes(processor, tmp_path):

@@ -162,11 +162,16 @@ def test_two_results_for_one_cell_are_refused():
         ({"settings": {"num_points": 2048}}, "`settings.num_points` is 2048"),
         ({"settings": {"steps": 300}}, "`settings.steps` is 300"),
         ({"settings": {"batch_size_used": 8}}, "`settings.batch_size_used` is 8"),
+        ({"settings": {"learning_rate": 5e-4}}, "`settings.learning_rate` is 0.0005"),
+        ({"settings": {"scale_min": 0.5}}, "`settings.scale_min` is 0.5"),
+        ({"settings": {"config_overrides": None}}, "`settings.config_overrides` is None"),
+        ({"model": {"name": "m", "initialization": "from_scratch", "parameters": 9, "weights": None}}, "parameters"),
     ],
 )
 def test_results_that_are_not_comparable_are_not_set_side_by_side(changes, differs):
     dataset = {"name": "kicad-parts", "config_name": None, "splits": {"test": {"crc32": 1}}}
-    points, training = {"num_points": 1024}, {"steps": 800, "batch_size_used": 32}
+    points, training = {"num_points": 1024, "scale_min": 0.8}, {"steps": 800, "batch_size_used": 32}
+    training |= {"learning_rate": 2e-3, "config_overrides": "classifier_dropout=0.1"}
 
     def measured(kind, settings, **changes):
         command = f"python {kind}.py"
@@ -175,11 +180,30 @@ def test_results_that_are_not_comparable_are_not_set_side_by_side(changes, diffe
         )
 
     settings = points | training
-    forest, tuned = measured("random_forest", points.copy()), measured("pretrained", settings.copy())
+    forest = measured("random_forest", points | {"learning_rate": 5e-4})  # which it does not use
+    tuned = measured("pretrained", settings | {"encoder_lr_scale": 0.1})
     assert len(results_table([forest, tuned, measured("from_scratch", settings.copy())]).splitlines()) == 3
     changes = {**changes, "settings": settings | changes.get("settings", {})}
     with pytest.raises(ResultError, match=f"{differs}.*in that of `python from_scratch.py`, but "):
         results_table([forest, tuned, measured("from_scratch", **changes)])
+
+
+def test_draws_of_few_shots_and_the_C_of_an_svm_are_compared():
+    folds = [result("few_shot", (80.0, 81.0)), result("few_shot", (70.0,), kind="untrained")]
+    with pytest.raises(ResultError, match=r"`seeds` is \[0\].*but \[0, 1\]"):
+        results_table(folds)
+    svms = [result(settings={"C": [0.01]}), result(kind="untrained", settings={"C": [1.0]})]
+    with pytest.raises(ResultError, match=r"`settings.C` is \[1.0\]"):
+        results_table(svms)
+
+
+def test_a_table_is_of_one_pretrained_model(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results:x --><!-- /results:x -->")
+    write_result(result(weights="1" * 64), tmp_path / "a.json")
+    write_result(result("retrieval", metric="map", weights="2" * 64), tmp_path / "b.json")
+    with pytest.raises(ResultError, match="are of several pre-trained models"):
+        main(["tables", str(readme), "x", str(tmp_path)])
 
 
 def test_only_the_marked_block_of_a_text_changes():
@@ -230,8 +254,9 @@ def test_a_curve_is_drawn_of_one_task_on_one_data_set(tmp_path):
         ({"chosen_on_test": True}, "was chosen on test data"),
         ({"settings": {"train_fraction": 0.1, "num_points": 2048}}, "`settings.num_points` is 2048"),
         ({"weights": "1" * 64}, "`model.weights` is '1111"),
+        ({"settings": {"train_fraction": 0.5, "num_points": 1024, "config_overrides": "a=1"}}, "config_overrides"),
     ):
-        settings = {"train_fraction": 0.5, "num_points": 1024}
+        settings = {"train_fraction": 0.5, "num_points": 1024, "config_overrides": None}
         points = [result("classification", settings=settings), result("classification", **change)]
         with pytest.raises(ResultError, match=message):
             draw_label_curve(points, tmp_path / "refused.png")
@@ -403,6 +428,24 @@ def test_a_broken_folder_is_refused_with_the_reason(head, tmp_path, file, change
         check_model_folder(folder)
 
 
+def test_a_card_without_its_picture_is_refused(trained, tmp_path):
+    folder = build_model_folder(trained, tmp_path / "a", repo_id="org/a", license="mit", results=[])
+    (folder / "losses.png").unlink()
+    with pytest.raises(PublishingError, match="shows or links to losses.png, which is not in the folder"):
+        check_model_folder(folder)
+
+
+def test_licences_and_attribution_may_be_added_and_nothing_else(trained, tmp_path):
+    (tmp_path / "ATTRIBUTION.md").write_text("by them")
+    options = {"repo_id": "org/a", "license": "mit", "results": []}
+    folder = build_model_folder(trained, tmp_path / "a", attach=[tmp_path / "ATTRIBUTION.md"], **options)
+    check_model_folder(folder)
+    assert (folder / "ATTRIBUTION.md").read_text() == "by them"
+    (tmp_path / "weights.bin").write_bytes(b"1")
+    with pytest.raises(PublishingError, match="`attach` has .*weights.bin, expected files whose name is one of"):
+        build_model_folder(trained, tmp_path / "b", attach=[tmp_path / "weights.bin"], **options)
+
+
 def test_a_card_that_loads_from_elsewhere_is_refused(head):
     check_model_folder(head, "org/head")
     with pytest.raises(PublishingError, match="loads a model from org/head, expected me/head: .* --repo_id me/head"):
@@ -463,11 +506,14 @@ def client_publish(folder: str) -> dict:
 
     hub.HfApi().create_repo("org/tiny")
     hub.HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="old.png", repo_id="org/tiny")
+    seen = {"something else": refusal(hub.publish_folder, folder, "org/tiny")}
+    earlier = json.dumps({"model_type": "joint_mae"}).encode()
+    hub.HfApi().upload_file(path_or_fileobj=earlier, path_in_repo="config.json", repo_id="org/tiny")
     example = str(Path(jointmae_hf.__file__).parents[1] / "examples" / "publish.py")
     sys.argv = ["publish.py", folder, "org/tiny"]
     runpy.run_path(example, run_name="__main__")
     loggers = ("httpx", "httpx2", "transformers", "jointmae_hf")
-    seen = {"levels": [logging.getLogger(name).getEffectiveLevel() for name in loggers]}
+    seen["levels"] = [logging.getLogger(name).getEffectiveLevel() for name in loggers]
     card, config = Path(folder) / "README.md", Path(folder) / "config.json"
     based, text = card.read_text(), config.read_text()
     revision = hub.HfApi().list_repo_commits("org/tiny")[0].commit_id
@@ -505,6 +551,7 @@ def test_a_folder_is_pushed_and_verified(trained, digest, tmp_path):
         pushed = hub.files("org/tiny")
     assert {name: data for name, data in pushed.items() if name != ".gitattributes"} == files
     assert json.loads(pushed["config.json"])["architectures"] == ["JointMAEForPreTraining"]
+    assert "holds 1 files, such as old.png, and no config.json" in seen["something else"]
     assert seen["levels"] == [30, 30, 40, 20]
     assert "auto_map" in seen["without code"] and seen["untouched"]
     assert "`base_model` is 'org/nowhere'" in seen["base model"]

@@ -234,6 +234,31 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_resume(make, processe
     assert_same_run(stopped.output_dir, straight.output_dir)
 
 
+def test_a_signal_to_all_processes_of_a_job_leaves_a_checkpoint(make, processes):
+    stopped = make("stopped", max_steps=2000, save_steps=0, num_workers=1)
+    process = processes.Process(target=train_in_child, args=(stopped,))
+    process.start()
+    wait_for((Path(stopped.output_dir) / "log.jsonl").exists, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not workers.exists():
+        process.kill()
+        pytest.skip("needs Linux, to find the workers")
+    for pid in [*map(int, workers.read_text().split()), process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert ended(process) == 128 + signal.SIGTERM
+    assert len(checkpoints.list_checkpoints(Path(stopped.output_dir))) == 1
+
+
+def test_what_comes_after_the_checkpoint_that_is_resumed_from_is_put_aside(make):
+    common = {"max_steps": 4, "save_steps": 1, "save_total_limit": 9}
+    pretrain(make("run", **common))
+    folder = Path(make("run").output_dir)
+    resumed = make("run", **common, resume_from_checkpoint=str(folder / "checkpoint-1"))
+    PreTrainer(resumed)._prepare_output_dir()
+    assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["checkpoint-1"]
+    assert sorted(path.name[:20] for path in folder.glob("abandoned-*")) == ["abandoned-checkpoint"] * 3
+
+
 def train_sharded_in_child(arguments: PreTrainingArguments, environment: dict[str, str]):
     """Accelerate shards on accelerators only; here it is told to do the same on the CPU."""
     build = Accelerator.__init__

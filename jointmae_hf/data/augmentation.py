@@ -12,6 +12,9 @@ import numpy as np
 
 ROTATIONS = ("none", "x", "y", "z", "so3")
 
+# The least squared radius whose parts float32 squares without loss.
+_LEAST_SQUARE = 1e-30
+
 # Purposes of random numbers: the second half of a generator's key, so that no two of them share numbers.
 SAMPLES, ORDER, FIXED_SUBSAMPLE, STEPS = range(4)
 
@@ -53,7 +56,7 @@ def normalize_clouds(points: np.ndarray) -> np.ndarray:
     Clouds centred on their mean and scaled so that the farthest point has distance 1.
 
     Args:
-        points: `(batch, num_points, 3)` in any unit.
+        points: `(batch, num_points, 3)` in any unit, of any size that float32 holds.
 
     Returns:
         float32 `(batch, num_points, 3)`. A cloud whose points are all equal becomes zeros.
@@ -61,10 +64,18 @@ def normalize_clouds(points: np.ndarray) -> np.ndarray:
     # Reductions over a last axis that is long: five times as fast as over the others.
     by_axis = np.ascontiguousarray(points.transpose(0, 2, 1))
     mean = by_axis.mean(axis=2, dtype=np.float64).astype(points.dtype)[:, None]
-    centered = (points - mean).astype(np.float32, copy=False)
-    x, y, z = np.moveaxis(centered, 2, 0)
-    radius = np.sqrt((x * x + y * y + z * z).max(axis=1))
-    return centered / np.maximum(radius, np.finfo(np.float32).tiny)[:, None, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        centered = (points - mean).astype(np.float32, copy=False)
+        x, y, z = np.moveaxis(centered, 2, 0)
+        square = (x * x + y * y + z * z).max(axis=1)
+        normalized = centered / np.maximum(np.sqrt(square), np.finfo(np.float32).tiny)[:, None, None]
+    extreme = ~((square >= _LEAST_SQUARE) & (square < np.inf))
+    if extreme.any():  # float64 squares every float32; it would change the last digits of other clouds
+        centered = points[extreme].astype(np.float64)
+        centered -= centered.mean(axis=1, keepdims=True)
+        radius = np.linalg.norm(centered, axis=2).max(axis=1)
+        normalized[extreme] = centered / np.maximum(radius, np.finfo(np.float64).tiny)[:, None, None]
+    return normalized
 
 
 @dataclass(frozen=True)

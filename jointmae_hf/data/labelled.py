@@ -13,6 +13,8 @@ from .loading import PointClouds, load_point_clouds, load_point_dataset, read_la
 
 # Purpose of random numbers: which shapes of a class a part of a split takes.
 _SPLIT = 66
+# Bare integers may count to this many classes in any data set, and to this many times its rows in a larger one.
+_MAX_NUMBERS, _MAX_NUMBERS_PER_ROW = 10_000, 10
 
 
 @dataclass
@@ -75,11 +77,14 @@ def load_labelled_splits(
         splits: in the syntax of `datasets`; the first names the classes if the labels are bare integers.
         points_column: the column of clouds.
         label_column: the column of classes, `ClassLabel` or integers.
-        part_column: the column of a class for each point, `List(ClassLabel)` or lists of integers; `None`: not read.
+        part_column: the column of a class for each point, `List(ClassLabel)` or lists of integers; `None`: not read,
+            the classes of the clouds are what is to be told apart.
 
     Raises:
         ValueError: if a column is missing or of the wrong kind, a label out of range, a cloud has not one part label
-            for each point, the splits have different classes, or two splits share more than half of the smaller one.
+            for each point, the splits have different classes, two splits share more than half of the smaller one,
+            bare integers count to far more classes than there are rows, or all clouds are of one class and no
+            `part_column` is given.
     """
     loaded = [
         _load_split(
@@ -97,11 +102,23 @@ def load_labelled_splits(
         if any(names is not None for names in named) and any(names != named[0] for names in named):
             differing = next(split for split, names in zip(splits, named, strict=True) if names != named[0])
             raise ValueError(f"split {differing!r} has other {key.replace('_', ' ')} than split {splits[0]!r}.")
-    for part in loaded:  # bare integers: as many classes as any split uses
-        if part.class_names is None:
-            part.class_names = _numbers([other.labels for other in loaded])
-        if part.part_labels is not None and part.part_names is None:
-            part.part_names = _numbers([other.part_labels for other in loaded])
+    if part_column is None:
+        used = np.unique(np.concatenate([part.labels for part in loaded]))
+        if len(used) < 2:
+            raise ValueError(
+                f"column {label_column!r} has the label {used[0]} in every row of {', '.join(map(repr, splits))}, "
+                "expected two classes or more."
+            )
+    num_rows = sum(map(len, loaded))
+    # Bare integers: as many classes as any split uses.
+    if loaded[0].class_names is None:
+        names = _numbers([part.labels for part in loaded], num_rows, label_column)
+        for part in loaded:
+            part.class_names = names
+    if part_column is not None and loaded[0].part_names is None:
+        names = _numbers([part.part_labels for part in loaded], num_rows, part_column)
+        for part in loaded:
+            part.part_names = names
     return tuple(loaded)
 
 
@@ -201,5 +218,13 @@ def _read_parts(rows: Any, split: str, column: str, sizes: np.ndarray) -> tuple[
     return labels, names
 
 
-def _numbers(labels: list[np.ndarray]) -> list[str]:
-    return [str(number) for number in range(1 + max(int(part.max()) for part in labels))]
+def _numbers(labels: list[np.ndarray], num_rows: int, column: str) -> list[str]:
+    """Names of classes that are bare integers."""
+    highest = max(int(part.max()) for part in labels)
+    if highest >= max(_MAX_NUMBERS, _MAX_NUMBERS_PER_ROW * num_rows):
+        raise ValueError(
+            f"column {column!r} has the label {highest}, which makes {highest + 1:,} classes for {num_rows:,} rows; "
+            "expected 0 to n - 1 for n classes: map the labels to these, or use a `ClassLabel`, see "
+            "`Dataset.class_encode_column`."
+        )
+    return [str(number) for number in range(1 + highest)]

@@ -4,6 +4,7 @@ A column of clouds may be `Array2D` of fixed or variable size or nested lists. C
 to end in one array, in the precision they were stored in; nothing is copied row by row.
 """
 
+import glob
 import re
 import zlib
 from collections import defaultdict
@@ -77,7 +78,7 @@ def load_point_dataset(
 
     Args:
         dataset: a name on the Hub, a local folder (of data files, or made by `save_to_disk`), a parquet file, or a
-            pattern of parquet files such as `"shapes/*.parquet"`.
+            pattern of parquet files such as `"shapes/*.parquet"`. What is the path of a file is no pattern.
         split: its split, in the syntax of `datasets` (`"train[:10%]"`). Parquet files are of the split in their name
             (`test-00000-of-00002.parquet`, `my_test.parquet`), one data set made by `save_to_disk` of the split it was
             read from; those that name none are `"train"`.
@@ -110,11 +111,12 @@ def _parquet_files(pattern: Path) -> dict[str, list[str]]:
     from datasets.data_files import SPLIT_KEYWORDS
 
     files = defaultdict(list)
-    for path in sorted(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))):
+    found = Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
+    for path in [pattern] if pattern.is_file() else sorted(found):
         shard = re.fullmatch(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}", path.stem)
         words = set(re.split(r"[^a-z]+", path.stem.lower()))
         named = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if not words.isdisjoint(keywords))
-        files[shard[1] if shard else next(named, "train")].append(str(path))
+        files[shard[1] if shard else next(named, "train")].append(glob.escape(str(path)))
     if not files:
         raise FileNotFoundError(f"`dataset` is {str(pattern)!r}, but there is no such file.")
     return dict(files)
@@ -232,7 +234,7 @@ def clouds_from_arrow(column: "pa.ChunkedArray", name: str = "points", first_row
     Clouds of an Arrow column of lists of (x, y, z), checked.
 
     float16 and float32 are kept. Others are centred before they become float32, so that large offsets do not eat the
-    shape.
+    shape; coordinates that float32 does not hold even then are an error.
 
     Args:
         column: lists of lists, or the `Array2D` type of `datasets`.
@@ -295,14 +297,21 @@ def _chunk_clouds(chunk: "pa.Array", name: str, first_row: int) -> tuple[np.ndar
         count = int((~np.isfinite(values[owner == row])).sum())
         raise error(row, f"has {count} coordinates that are NaN or infinite")
     starts = np.cumsum(sizes) - sizes
+    if values.dtype not in (np.float16, np.float32):
+        with np.errstate(over="ignore", invalid="ignore"):
+            means = np.add.reduceat(values.astype(np.float64), starts) / sizes[:, None]
+            centered = (values - means[owner]).astype(np.float32)
+        finite = np.isfinite(centered).all(axis=1)
+        if not finite.all():
+            row = int(owner[np.argmin(finite)])
+            reach = np.abs(values[owner == row]).max()
+            raise error(row, f"reaches to {reach:g}, expected coordinates in the range of float32")
+        values = centered
     wide = values.astype(np.float32) if values.dtype == np.float16 else values  # reductions of float16 are slow
     extent = np.maximum.reduceat(wide, starts) != np.minimum.reduceat(wide, starts)
     if not extent.any(axis=1).all():
         row = int(np.argmin(extent.any(axis=1)))
         raise error(row, f"has all its {sizes[row]} points in one place")
-    if values.dtype not in (np.float16, np.float32):
-        means = np.add.reduceat(values.astype(np.float64), starts) / sizes[:, None]
-        values = (values - means[owner]).astype(np.float32)
     return values, sizes
 
 

@@ -216,6 +216,7 @@ def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch
 def parse_mixture(text: str) -> dict[str, float]:
     """
     Sources and weights of `NAME:WEIGHT,...`, such as `"procedural:0.8,org/shapes:0.2"`; without `:WEIGHT` it is 1.
+    Spaces around names and weights do not count.
 
     Raises:
         ValueError: if there is no source, one has no name or is named twice, or a weight is not a positive number.
@@ -224,10 +225,10 @@ def parse_mixture(text: str) -> dict[str, float]:
     for item in (item.strip() for item in text.split(",") if item.strip()):
         name, separator, weight = item.rpartition(":")
         try:
-            name, value = (name, float(weight)) if separator else (item, 1.0)
+            name, value = (name.strip(), float(weight)) if separator else (item, 1.0)
         except ValueError:  # a colon of the name's own
             name, value = item, 1.0
-        if not name.strip():
+        if not name:
             raise ValueError(f"`train_data` has the item {item!r}, expected NAME:WEIGHT.")
         if name in weights:
             raise ValueError(f"`train_data` names {name!r} twice.")

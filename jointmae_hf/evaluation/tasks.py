@@ -29,13 +29,15 @@ from .features import extract_features
 from .few_shot import draw_fold
 from .histograms import random_forest, shape_histograms
 from .linear_svm import accuracies, linear_svm, standardize
-from .results import TaskResult, origin, provenance, summarize_runs, weights_digest, write_result
+from .results import TaskResult, origin, provenance, read_result, summarize_runs, weights_digest, write_result
 from .retrieval import retrieval_metrics
 
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_FRACTION = 0.2
+# Arguments that do not decide what is measured at a seed; the last three do by what they name.
+_NEUTRAL = ("seeds", "output", "dataset", "model_name_or_path", "device")
 
 
 @dataclass
@@ -68,8 +70,9 @@ class FrozenTaskArguments:
     )
     output: str | None = _argument(
         None,
-        "File of the result (default: outputs/TASK-KIND/result.json, KIND as in the result: pretrained, ...). A run "
-        "that was stopped goes on after the seeds that it had measured.",
+        "File of the result (default: outputs/TASK-KIND/result.json, KIND as in the result: pretrained, ..., and what "
+        "makes a variant of the task; it replaces a result of the same measurement alone). A run that was stopped "
+        "goes on after the seeds that it had measured.",
     )
 
     def __post_init__(self):
@@ -287,7 +290,7 @@ class _FrozenTask:
         seeds = self._distinct_seeds()
         first = seeds[0] if feature_seed is None else feature_seed
         model, made_by = self._describe_model(first), origin(self.device)
-        output = Path(arguments.output or f"outputs/{self.name}-{model['initialization']}/result.json")
+        output = Path(arguments.output) if arguments.output else self._default_output(model)
         finished = _FinishedSeeds(output, self._identity(first, made_by), self.state)
         for seed in seeds:
             if seed in finished.runs:
@@ -323,6 +326,34 @@ class _FrozenTask:
         finished.remove()
         logger.info("The result is in %s.", output)
         return result
+
+    def _default_output(self, model: dict[str, Any]) -> Path:
+        """
+        Where the result goes if nothing else is said.
+
+        Raises:
+            ValueError: if another model's result is there, or one of other data or settings.
+        """
+        arguments, parts = self.arguments, [self.name, model["initialization"]]
+        if self.name == "few_shot":
+            parts += [f"{arguments.ways}-way", f"{arguments.shots}-shot"]
+        if getattr(arguments, "train_fraction", 1.0) < 1:
+            parts.append(f"{100 * arguments.train_fraction:g}-percent")
+        output = Path("outputs") / "-".join(parts) / "result.json"
+        if output.exists():
+            found = read_result(output)
+            values = {key: (found.model[key], model[key]) for key in ("weights", "parameters")}
+            values["dataset.splits"] = (found.dataset["splits"], json.loads(json.dumps(self._fingerprints())))
+            for key, value in asdict(arguments).items():
+                if key in found.settings and key not in _NEUTRAL:
+                    values[key] = (found.settings[key], value)
+            for key, (there, here) in values.items():
+                if there != here:
+                    raise ValueError(
+                        f"`output` is not given, and {output} holds the result of another measurement (`{key}` is "
+                        f"{there!r} there and {here!r} here): name another file."
+                    )
+        return output
 
     def features(self, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
         """
@@ -380,10 +411,9 @@ class _FrozenTask:
 
     def _identity(self, first_seed: int, made_by: dict[str, Any]) -> dict[str, Any]:
         """What decides the metrics of a seed, for JSON."""
-        neutral = ("seeds", "output", "dataset", "model_name_or_path", "device")  # the last three by what they are
         return {
             "task": self.name,
-            "settings": {name: value for name, value in asdict(self.arguments).items() if name not in neutral},
+            "settings": {name: value for name, value in asdict(self.arguments).items() if name not in _NEUTRAL},
             "splits": self._fingerprints(),
             "weights": None if self.is_forest else weights_digest(self._encoder(first_seed)),
             "config": None if self.is_forest else config_fields(self._encoder(first_seed).config),

@@ -823,12 +823,26 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _mask_array(point_mask: torch.Tensor | None) -> np.ndarray:
-    return _NO_MASK if point_mask is None else _array(point_mask)
+def _mask_array(point_mask: torch.Tensor | None, points: np.ndarray) -> np.ndarray:
+    """The mask, checked: compiled code does not look where an array ends."""
+    if point_mask is None:
+        return _NO_MASK
+    if point_mask.dtype != torch.bool or point_mask.shape != points.shape[:2]:
+        raise ValueError(
+            f"`point_mask` is of {point_mask.dtype} and shape {tuple(point_mask.shape)}, expected torch.bool and "
+            f"{points.shape[:2]}."
+        )
+    return _array(point_mask)
+
+
+def _check_batch(first: np.ndarray, second: np.ndarray):
+    if first.shape[0] != second.shape[0]:
+        raise ValueError(f"clouds have shapes {first.shape} and {second.shape}, expected the same number of them.")
 
 
 def farthest_point_sample(points: torch.Tensor, num_samples: int, point_mask: torch.Tensor | None) -> torch.Tensor:
-    points, mask = _array(points), _mask_array(point_mask)
+    points = _array(points)
+    mask = _mask_array(point_mask, points)
     sampled = np.empty((points.shape[0], num_samples), dtype=np.int64)
     _pool.run(lambda begin, end: _sample_clouds(points, mask, sampled, begin, end), points.shape[0])
     return torch.from_numpy(sampled)
@@ -837,7 +851,9 @@ def farthest_point_sample(points: torch.Tensor, num_samples: int, point_mask: to
 def _neighbors(
     queries: torch.Tensor, points: torch.Tensor, k: int, point_mask: torch.Tensor | None, offsets: np.ndarray
 ) -> torch.Tensor:
-    queries, points, mask = _array(queries), _array(points), _mask_array(point_mask)
+    queries, points = _array(queries), _array(points)
+    mask = _mask_array(point_mask, points)
+    _check_batch(queries, points)
     neighbors = np.empty((*queries.shape[:2], k), dtype=np.int64)
     count = queries.shape[0] * queries.shape[1]
     _pool.run(
@@ -867,8 +883,11 @@ def multiscale_groups(
     point_mask: torch.Tensor | None,
     visible: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    points, mask = _array(points), _mask_array(point_mask)
+    points = _array(points)
+    mask = _mask_array(point_mask, points)
     visible = _NO_INDICES if visible is None else _array(visible)
+    if visible.size > 0 and visible.shape != (points.shape[0], num_groups[-1]):
+        raise ValueError(f"`visible` has shape {visible.shape}, expected {(points.shape[0], num_groups[-1])}.")
     if visible.size > 0 and not 0 <= visible.min() <= visible.max() < num_centers[-1]:
         raise IndexError(f"`visible` holds indices outside of the {num_centers[-1]} coarsest centres.")
     batch_size = points.shape[0]
@@ -895,6 +914,7 @@ def nearest_distances(
     first: torch.Tensor, second: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     first, second = _array(first), _array(second)
+    _check_batch(first, second)
     forward, backward = np.empty(first.shape[:2], dtype=np.float32), np.empty(second.shape[:2], dtype=np.float32)
     to_second, to_first = np.empty(first.shape[:2], dtype=np.int64), np.empty(second.shape[:2], dtype=np.int64)
     if first.shape[1] * second.shape[1] <= _PAIRS_BY_FORCE:

@@ -19,7 +19,7 @@ from ..evaluation.results import ResultError, read_results
 from .cards import build_model_folder
 from .curves import draw_label_curve
 from .hub import PublishingError
-from .tables import commands_table, report_table, results_table, rewrite_block
+from .tables import check_one_model, commands_table, report_table, results_table, rewrite_block
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--training", type=Path, nargs="+", default=[], help="result.json of each pre-training run, in their order"
     )
     card.add_argument("--notes", type=Path, help="Markdown to add: data licences, limits")
+    card.add_argument("--attach", type=Path, nargs="*", default=[], help="licence and attribution files to add")
     card.add_argument("--base_model", help="what it was fine-tuned from")
     card.add_argument("--datasets", nargs="*", help="names on the Hub of the training data")
     return parser.parse_args(arguments)
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None):
     if command == "curve":
         draw_label_curve(results, options["file"])
         return
+    check_one_model(results)
     content = report_table(options["run"]) if command == "report" else results_table(results, options["headlines"])
     if options.get("commands"):
         content += "\n\n" + commands_table(results)

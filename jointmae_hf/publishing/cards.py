@@ -1,5 +1,6 @@
 """Model cards made from result files, and the folder that is a repository of the Hub."""
 
+import fnmatch
 import json
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.results import TASKS, ResultError, TaskResult, weights_digest
 from .curves import draw_losses
-from .hub import AUTO_CLASSES, MODEL_FILES, PICTURES, PublishingError, load_model
+from .hub import AUTO_CLASSES, LICENCES, MODEL_FILES, PICTURES, PublishingError, load_model
 from .tables import METRIC_NAMES, TASK_NAMES, commands_table, dataset_name, reproduction, results_table, task_name
 
 
@@ -52,23 +53,30 @@ With `import jointmae_hf` the same calls need no `trust_remote_code`.
 {classes}"""
 
 
-def build_model_folder(source: str | Path, output: str | Path, half: bool = False, **card: Any) -> Path:
+def build_model_folder(
+    source: str | Path, output: str | Path, half: bool = False, attach: Sequence[str | Path] = (), **card: Any
+) -> Path:
     """
     Makes the folder of a released model from what training left: model, processor, code, pictures and a new card.
 
     Args:
         source: an output folder of training.
         output: the new folder; its files are replaced, others stay.
+        attach: files to add: licences and attribution, by their names.
         half: whether weights are rounded to float16, half the size; the configuration still has them loaded as it
             says, float32. Results may have been measured before or after.
         card: as for [`model_card`].
 
     Raises:
-        PublishingError: if `source` lacks a file of a model.
+        PublishingError: if `source` lacks a file of a model, or `attach` has another kind of file.
         ResultError: if a result was not measured with these weights.
     """
     source, output = Path(source), Path(output)
     files = [file for pattern in (*MODEL_FILES, PICTURES) for file in sorted(source.glob(pattern))]
+    for file in map(Path, attach):
+        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in LICENCES):
+            raise PublishingError(f"`attach` has {file}, expected files whose name is one of {', '.join(LICENCES)}.")
+        files.append(file)
     log = source / "log.jsonl"
     with tempfile.TemporaryDirectory() as staging:
         for file in files:

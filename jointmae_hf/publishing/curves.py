@@ -41,6 +41,11 @@ def draw_label_curve(results: list[TaskResult], path: str | Path):
     if len(kinds) != 1:
         raise ResultError(f"`results` are of {kinds}, expected one task on one data set.")
     check_comparable(results, any_share=True)
+    of_share = defaultdict(list)
+    for result in results:
+        of_share[result.split_sizes["train"]].append(result)
+    for side_by_side in of_share.values():
+        check_comparable(side_by_side)
     lines = defaultdict(list)
     for result in results:
         if result.chosen_on_test:

@@ -20,13 +20,15 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import jointmae_hf
+from jointmae_hf import JointMAEConfig
 
 
 logger = logging.getLogger(__name__)
 
-# A repository holds these, a card, and pictures for it, nothing else.
+# A repository holds these, a card, pictures for it, and licences, nothing else.
 MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "*_joint_mae.py")
 PICTURES = "*.png"
+LICENCES = ("LICENSE*", "NOTICE*", "ATTRIBUTION*")
 # The Auto classes that load a model, by its architecture; its card shows the first.
 AUTO_CLASSES = {
     "JointMAEForPreTraining": ("AutoModel", "AutoModelForPreTraining"),
@@ -64,7 +66,7 @@ def check_model_folder(folder: str | Path, repo_id: str | None = None):
     wanted = ["README.md", *MODEL_FILES[:-1], *(f"{name}_joint_mae.py" for name in _CODE)]
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise PublishingError(f"{folder} lacks {', '.join(missing)}.")
-    allowed = ("README.md", ".gitattributes", *MODEL_FILES, PICTURES)
+    allowed = ("README.md", ".gitattributes", *MODEL_FILES, PICTURES, *LICENCES)
     extra = [path.name for path in sorted(folder.iterdir()) if not any(fnmatch.fnmatch(path.name, a) for a in allowed)]
     if extra:
         raise PublishingError(
@@ -74,6 +76,10 @@ def check_model_folder(folder: str | Path, repo_id: str | None = None):
     card = _read_card(folder)
     if not card.data.to_dict().get("license"):
         raise PublishingError(f"{folder / 'README.md'} names no license in its metadata.")
+    links = re.findall(r"\]\(([^)#\s]+)", card.text)
+    broken = [link for link in links if not re.match(r"[a-z]+:", link) and not (folder / link).is_file()]
+    if broken:
+        raise PublishingError(f"{folder / 'README.md'} shows or links to {broken[0]}, which is not in the folder.")
     named = set(re.findall(r'^name = "(.+)"$', card.text, re.MULTILINE))
     if repo_id is not None and named != {repo_id}:
         raise PublishingError(
@@ -96,10 +102,13 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         return _load(model_class, folder)
 
 
-def publish_folder(folder: str | Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+def publish_folder(folder: str | Path, repo_id: str, private: bool = True, revision: str | None = None) -> str:
     """
     Checks and pushes a folder, downloads it again, and compares: every file by its SHA-256, and what is computed of a
     fixed cloud (logits of a head, features of an encoder) by the package and by the code in the repository.
+
+    The repository becomes what the folder is. Files of an earlier release that this one has not are deleted there, in
+    the same commit; a repository of something else is refused.
 
     Args:
         folder: exactly a model's repository; see [`check_model_folder`].
@@ -111,8 +120,8 @@ def publish_folder(folder: str | Path, repo_id: str, private: bool = False, revi
         The address of the commit.
 
     Raises:
-        PublishingError: if the folder is no complete model for this name, which leaves the repository as it was; if
-            the Hub refuses; or if what came back differs.
+        PublishingError: if the folder is no complete model for this name or the repository holds something else, both
+            of which leave the repository as it was; if the Hub refuses; or if what came back differs.
     """
     folder = Path(folder)
     check_model_folder(folder, repo_id)
@@ -120,6 +129,7 @@ def publish_folder(folder: str | Path, repo_id: str, private: bool = False, revi
     with _hub_answers(repo_id):
         _check_base_model(api, folder)
         api.create_repo(repo_id, private=private, exist_ok=True)
+        _check_earlier_release(api, repo_id, revision)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -254,6 +264,24 @@ def _check_base_model(api: HfApi, folder: Path):
                 f"`base_model` is {base_model!r} in {folder / 'README.md'}, but the Hub has no such model; publish it "
                 "first, or build the card with another --base_model."
             )
+
+
+def _check_earlier_release(api: HfApi, repo_id: str, revision: str | None):
+    """Raises `PublishingError` if a repository holds files, but no Joint-MAE model that they would belong to."""
+    files = [name for name in api.list_repo_files(repo_id, revision=revision) if name != ".gitattributes"]
+    if not files:
+        return
+    found = None
+    if "config.json" in files:
+        with tempfile.TemporaryDirectory() as cache:
+            config = api.hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
+            found = _read_json(Path(config)).get("model_type")
+    if found != JointMAEConfig.model_type:
+        what = "no config.json" if "config.json" not in files else f"a model of type {found!r}"
+        raise PublishingError(
+            f"{repo_id} on the Hub holds {len(files)} files, such as {files[0]}, and {what}: they are no earlier "
+            "release and would be deleted. Choose another name, or empty that repository."
+        )
 
 
 @contextmanager

@@ -42,6 +42,11 @@ _LOSSES = (
     ("loss_cross", "cross loss", "likewise"),
 )
 _PROTOCOL_QUERIES = 20  # test shapes of each class of a few-shot fold, in the literature
+# How a network is tuned. `encoder_lr_scale` may differ: a pre-trained encoder learns slower than one from scratch.
+_TUNING = (
+    *("learning_rate", "warmup_ratio", "weight_decay", "adam_betas", "max_grad_norm", "mixed_precision"),
+    *("scale_min", "scale_max", "rotation_axis"),
+)
 
 
 def results_table(results: list[TaskResult], headlines_only: bool = False) -> str:
@@ -104,13 +109,37 @@ def check_comparable(results: list[TaskResult], any_share: bool = False):
                 )
 
 
+def check_one_model(results: list[TaskResult]):
+    """
+    Refuses pre-trained networks of different weights, whose results would stand in one column.
+
+    Raises:
+        ResultError: naming the commands of two of them.
+    """
+    pretrained = [result for result in results if result.model["initialization"] == "pretrained"]
+    for result in pretrained:
+        if result.model["weights"] != pretrained[0].model["weights"]:
+            raise ResultError(
+                f"`results` are of several pre-trained models: {result.model['name']} in that of `{result.command}`, "
+                f"but {pretrained[0].model['name']} in that of `{pretrained[0].command}`, with other weights."
+            )
+
+
 def _conditions(result: TaskResult, any_share: bool) -> dict[str, Any]:
     """What results must have in common beside the name of their task, by the names of fields and settings."""
     settings, sizes = result.settings, result.split_sizes
     found = {f"dataset.splits.{split}": fingerprint for split, fingerprint in result.dataset["splits"].items()}
-    names = ["train_split", "test_split", "num_points", "num_points_used"]
+    names = ["train_split", "test_split", "num_points", "num_points_used", "point_seed"]
+    is_network = result.model["initialization"] != "random_forest"
+    if is_network:
+        names.append("C")
+        found["model.parameters"] = result.model["parameters"]
+    if is_network and "learning_rate" in settings:
+        names += _TUNING
+    if result.task == "few_shot":
+        found["seeds"] = result.seeds  # each is another draw of classes and shapes
     if not any_share:
-        names += ["steps", "batch_size_used"]
+        names += ["steps", "batch_size_used"] + (["config_overrides"] if is_network else [])
     else:
         sizes = {"test": sizes["test"]}
         names.append("validation_fraction")

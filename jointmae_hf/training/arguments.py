@@ -126,6 +126,8 @@ class PreTrainingArguments:
             endless = self.max_steps is None and getattr(self, name)
             self._require("max_steps", not endless, f"a number with `{name}`")
         self._require("streaming", not (self.streaming and self.train_data), "False with `train_data`")
+        both = self.overwrite_output_dir and self.resume_from_checkpoint == "latest"
+        self._require("overwrite_output_dir", not both, "False with `resume_from_checkpoint` latest")
         same = self.evaluate and self.eval_split == self.split
         self._require("eval_split", not same, "another split than `split`, or `evaluate` False")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")

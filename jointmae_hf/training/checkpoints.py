@@ -178,6 +178,21 @@ def remove_old_checkpoints(output_dir: Path, keep: int | None):
             shutil.rmtree(replaced)
 
 
+def abandon_checkpoints_after(checkpoint: Path):
+    """
+    Renames checkpoints of later steps than the one that a run goes on from.
+
+    They are of another continuation, but would be the newest: to resume from and to keep.
+    """
+    for path in list_checkpoints(checkpoint.parent):
+        if checkpoint_step(path) > checkpoint_step(checkpoint):
+            abandoned = path.with_name(f"abandoned-{path.name}")
+            if abandoned.exists():
+                shutil.rmtree(abandoned)
+            path.rename(abandoned)
+            logger.warning("%s is later than %s and now called %s.", path, checkpoint.name, abandoned.name)
+
+
 def remove_unfinished(output_dir: Path):
     """Removes what a killed run left of a checkpoint that it was writing or removing."""
     if output_dir.is_dir():
@@ -236,11 +251,14 @@ def load_weights(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         raise CheckpointError(f"{path / OPTIMIZER} cannot be loaded: {error}") from error
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        missing = [f"{name}.{key}" for key in keys if f"{name}.{key}" not in tensors]
+        # A parameter that has had no gradient yet has none of them.
+        if not parameter.requires_grad or len(missing) == len(keys):
             continue
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{name}.{key}" not in tensors:
-                raise CheckpointError(f"{path / OPTIMIZER} lacks {name}.{key}.")
+        for key in keys:
+            if missing:
+                raise CheckpointError(f"{path / OPTIMIZER} lacks {missing[0]}.")
             tensor = tensors[f"{name}.{key}"]
             # AdamW counts its steps on the CPU.
             optimizer.state[parameter][key] = tensor if key == "step" else spread_like(tensor, parameter)

@@ -81,7 +81,7 @@ from .pretraining import (
     step_seed,
 )
 from .sharding import is_spread
-from .signals import StopSignals
+from .signals import StopSignals, outlive_a_signal
 from .threads import EncoderThreads
 
 
@@ -261,10 +261,14 @@ class FineTuner:
         elif self.model_class.__name__ in (self.config.architectures or ()):  # as those of its source
             # What its head has learned is another task, and often of another size: only the encoder is taken on.
             self.raw_model = self.model_class(self.config)
-            source = self.model_class.from_pretrained(arguments.model_name_or_path)
+            source = self.model_class.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
             self.raw_model.joint_mae.load_state_dict(source.joint_mae.state_dict())
         else:
-            self.raw_model = self.model_class.from_pretrained(arguments.model_name_or_path, config=self.config)
+            self.raw_model = self.model_class.from_pretrained(
+                arguments.model_name_or_path,
+                config=self.config,
+                dtype=torch.float32,  # whatever they were saved in
+            )
         self.initial_weights = weights_digest(self.raw_model.joint_mae)
         self.is_frozen = arguments.head != "full"
         if self.is_frozen:
@@ -312,6 +316,8 @@ class FineTuner:
 
     def _check_same_run(self, name: Path, state: dict[str, Any]):
         """Raises `ValueError`, naming the argument, if a state is of a run that learned something else."""
+        if "identity" not in state:
+            raise ValueError(f"`resume_from_checkpoint` is 'latest', but {name} is not of a fine-tuning run.")
         for key, value in self._identity().items():
             if value != state["identity"].get(key):
                 raise ValueError(
@@ -402,7 +408,8 @@ class FineTuner:
         """The batches of this process from the current step on."""
         accumulation = self.arguments.gradient_accumulation_steps
         sampler = range(self.step * accumulation, self.total_steps * accumulation)
-        return iter(DataLoader(self.data, batch_size=None, sampler=sampler, num_workers=self.arguments.num_workers))
+        options = {"num_workers": self.arguments.num_workers, "worker_init_fn": outlive_a_signal}
+        return iter(DataLoader(self.data, batch_size=None, sampler=sampler, **options))
 
     def _training_step(self, step: int, batches: Iterator) -> tuple[float, float, bool]:
         """One optimizer step: the loss, the norm of the gradient, and whether any process wants to stop."""
@@ -559,7 +566,7 @@ class ClassificationTuner(FineTuner):
 
     @cached_property
     def num_points(self) -> int:
-        return self.arguments.num_points
+        return min(self.arguments.num_points, self.all_train.clouds.largest_size)
 
     def build_config(self) -> JointMAEConfig:
         names = dict(enumerate(self.all_train.class_names))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.augmentation import Augmentation
-from .arguments import _argument
+from .arguments import _argument, parse_config_overrides
 
 
 # Two recipes that the literature mixes up: a number means little without the name of its recipe.
@@ -29,7 +29,9 @@ class FineTuningArguments:
     test_split: str = _argument("test", "Split that the result is measured on, once, after the last step.")
     points_column: str = _argument("points", "Column of clouds: (n, 3) each, n any number.")
     label_column: str = _argument("label", "Column of classes of objects: ClassLabel or integers.")
-    num_points: int = _argument(1024, "Points of a cloud that the network is given, drawn anew each time.")
+    num_points: int = _argument(
+        1024, "Points that the network is given, drawn anew each time; at most those of the largest training cloud."
+    )
     train_fraction: float = _argument(1.0, "Share of the training shapes of each class, at least one, by the seed.")
     validation_fraction: float = _argument(
         0.1, "Share of these that is not trained on but finds the best checkpoint; 0: train on all, keep the last."
@@ -120,8 +122,8 @@ class FineTuningArguments:
         )
         self._require("train_fraction", 0 < self.train_fraction <= 1, "in (0, 1]")
         self._require("validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")
-        valid = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0
-        self._require("seeds", valid, "distinct numbers, 0 or more")
+        valid = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0 and max(self.seeds) < 2**63
+        self._require("seeds", valid, "distinct numbers from 0 to 2 ** 63 - 1")
         self._require("dataset", self.dataset is not None, "a name on the Hub, a folder or a parquet file")
         is_forest = self.baseline == "random_forest"
         named = self.model_name_or_path is not None or self.from_scratch or is_forest
@@ -129,6 +131,8 @@ class FineTuningArguments:
         chooses = self.choose_on_test and is_forest
         self._require("choose_on_test", not chooses, "false with a `baseline`, where there is nothing to choose")
         self._require("resume_from_checkpoint", self.resume_from_checkpoint in (None, "latest"), "'latest'")
+        both = self.overwrite_output_dir and self.resume_from_checkpoint is not None
+        self._require("overwrite_output_dir", not both, "False with `resume_from_checkpoint`")
 
     def _require(self, name: str, condition: Any, expected: str):
         if not condition:
@@ -162,6 +166,8 @@ class ClassificationArguments(FineTuningArguments):
         super().__post_init__()
         self._require("voting", self.voting >= 0, "0 or more")
         self._require("ways", self.ways == 0 or self.ways > 1, "2 or more, or 0 for all shapes")
+        deeper = "classifier_num_layers" in parse_config_overrides(self.config_overrides or "")
+        self._require("config_overrides", self.head == "full" or not deeper, "no `classifier_num_layers` with `head`")
         for name in ("shots", "queries"):
             self._require(name, getattr(self, name) > 0, "more than 0")
         all_shots = self.ways == 0 or (self.validation_fraction == 0 and self.train_fraction == 1)

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -32,6 +33,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
@@ -50,6 +52,7 @@ from .checkpoints import (
     LOG,
     MODEL,
     STATE,
+    abandon_checkpoints_after,
     latest_checkpoint,
     list_checkpoints,
     load_average,
@@ -68,7 +71,7 @@ from .flops import peak_flops, training_flops
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms, set_learning_rate
 from .prefetch import prefetch
 from .sharding import is_spread, whole
-from .signals import StopSignals
+from .signals import StopSignals, outlive_a_signal
 from .summary import summarize
 from .threads import AgreementThreads, ReplicaThreads
 
@@ -317,7 +320,12 @@ class PreTrainer:
             shuffle_buffer_size=arguments.shuffle_buffer_size,
             **self.layout,
         )
-        self.fingerprint = {"name": arguments.dataset, "num_processes": self.accelerator.num_processes}
+        self.fingerprint = {
+            "name": arguments.dataset,
+            "config_name": arguments.dataset_config_name,
+            "first_cloud": first_cloud_checksum(self._open_dataset(), arguments.points_column),
+            "num_processes": self.accelerator.num_processes,
+        }
 
     def _load_clouds(self, collator: PreTrainingCollator):
         arguments = self.arguments
@@ -350,7 +358,11 @@ class PreTrainer:
     def _build_model(self):
         arguments = self.arguments
         if arguments.model_name_or_path is not None and self.checkpoint is None:
-            self.raw_model = JointMAEForPreTraining.from_pretrained(arguments.model_name_or_path, config=self.config)
+            self.raw_model = JointMAEForPreTraining.from_pretrained(
+                arguments.model_name_or_path,
+                config=self.config,
+                dtype=torch.float32,  # whatever they were saved in
+            )
             self.raw_model.train()
         else:
             self.raw_model = build_untrained_model(self.config, arguments.seed)
@@ -426,6 +438,8 @@ class PreTrainer:
         if self.checkpoint is not None:
             saved = self.checkpoint / LOG
             replace_file(self.output_dir / LOG, saved.read_text() if saved.exists() else "")
+            if self.continues_here:
+                abandon_checkpoints_after(self.checkpoint)
             logger.info("Resuming from %s.", self.checkpoint)
 
     def _check_same_run(self, checkpoint: Path, state: dict[str, Any]):
@@ -437,6 +451,8 @@ class PreTrainer:
                 "start a new run from its weights with --model_name_or_path."
             )
 
+        if "arguments" not in state:
+            raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, which is not of a pre-training run.")
         names = DECISIVE + (("shuffle_buffer_size",) if self.arguments.streaming else ())
         if self.config.agreement_loss_weight > 0:  # these decide which shapes are compared with each other
             names += ("gradient_accumulation_steps",)
@@ -502,7 +518,7 @@ class PreTrainer:
 
     def _batches(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any] | None]]:
         """The batches of this process from the current step on, on its device."""
-        options: dict[str, Any] = {"pin_memory": self.on_gpu, "worker_init_fn": _leave_process_group}
+        options: dict[str, Any] = {"pin_memory": self.on_gpu, "worker_init_fn": outlive_a_signal}
         if self.arguments.streaming:
             workers = min(self.num_workers, 1)  # several would read the stream in another order
             batches = iter(DataLoader(self.data, batch_size=None, num_workers=workers, **options))
@@ -727,7 +743,7 @@ class PreTrainer:
         url = api.upload_folder(
             repo_id=arguments.hub_model_id,
             folder_path=self.output_dir,
-            ignore_patterns=["checkpoint-*", "*.partial*", f"{_TRACKERS}/*"],
+            ignore_patterns=["checkpoint-*", "abandoned-checkpoint-*", "*.partial*", f"{_TRACKERS}/*"],
             commit_message=f"Pre-trained for {self.progress.step} steps",
         )
         logger.info("Uploaded to %s.", url)
@@ -737,10 +753,10 @@ class PreTrainer:
         return {name: "none" if value is None else value for name, value in asdict(self.arguments).items()}
 
 
-def _leave_process_group(worker: int):
-    """Ctrl-C and launchers signal a whole group; processes that prepare batches must live to the end of the step."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+def first_cloud_checksum(dataset: Any, points_column: str) -> int | None:
+    """CRC-32 of the first cloud of a stream, `None` of an empty one: what tells it from another of the same name."""
+    row = next(iter(dataset), None)
+    return None if row is None else zlib.crc32(np.asarray(row[points_column], dtype=np.float32).tobytes())
 
 
 def build_untrained_model(config: JointMAEConfig, seed: int) -> JointMAEForPreTraining:

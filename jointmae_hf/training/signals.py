@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM end a run after the step that they fall into, not in the middle of it."""
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -34,3 +35,15 @@ class StopSignals:
     def number(self) -> int:
         """What stopped the run; where another process received it, SIGTERM."""
         return self.received or signal.SIGTERM
+
+
+def outlive_a_signal(worker: int):
+    """
+    For processes that prepare batches, which must live to the end of the step: Ctrl-C, `timeout` and schedulers signal
+    a whole group or all processes of a job. They leave the group, and of SIGTERM the second one ends them, since with
+    that their parent clears away what has not ended by itself.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

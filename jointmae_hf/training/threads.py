@@ -69,9 +69,9 @@ class ReplicaThreads:
                     parameter.grad = None
 
     def _slices(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """The part of a batch that each replica gets."""
-        count = len(self.replicas)
-        chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
+        """The part of a batch that each replica gets; of a batch smaller than their number, some get none."""
+        count = min(len(self.replicas), len(next(iter(batch.values()))))
+        chunks = {name: tensor.tensor_split(count) for name, tensor in batch.items()}
         return [{name: parts[i] for name, parts in chunks.items()} for i in range(count)]
 
     def _forward(self, replica: nn.Module, batch: dict[str, torch.Tensor]) -> ModelOutput:

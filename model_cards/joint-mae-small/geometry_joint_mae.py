@@ -23,6 +23,7 @@ Notable choices:
   the points (as far as no two points are equally far).
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -41,14 +42,25 @@ if getattr(kernels, "INTERFACE", None) != 3:  # these files may have been saved 
 VIEW_AXES = ((0, 1, 2), (2, 0, 1), (1, 2, 0))
 MIN_DEPTH = 0.2
 _EPS = 1e-6
+# Of clouds flatter than this along a view, in units of the unit sphere's radius, depth in the image tells nothing.
+_FLAT = 0.02
+# Before torch 2.13, whatever is compiled counts as being exported (https://github.com/pytorch/pytorch/issues/176347).
+_COMPILING_COUNTS_AS_EXPORTING = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 13)
 # Features of so few centres are spread by a product with the matrix of all weights, most of them 0: it costs less than
 # gathering, whose backward pass adds up row by row.
 _FEW_CENTERS = 64
 
 
+def _is_exporting() -> bool:
+    """Whether plain operators are wanted, as an exported graph must consist of them."""
+    if _COMPILING_COUNTS_AS_EXPORTING and torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.compiler.is_exporting()
+
+
 def _has_kernel(operator: str, points: torch.Tensor) -> bool:
-    """Whether a kernel can take these float32 points; an exported graph must consist of plain operators."""
-    if kernels is None or points.dtype != torch.float32 or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    """Whether a kernel can take these float32 points."""
+    if kernels is None or points.dtype != torch.float32 or _is_exporting() or torch.jit.is_tracing():
         return False
     if operator in kernels.DEVICES.get(points.device.type, ()):
         return True
@@ -208,7 +220,7 @@ def _check_neighbors(k: int, num_points: int):
 
 def _smallest(distance: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the `k` smallest of non-negative distances, in order, ties to the lower index."""
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return distance.topk(k, dim=-1, largest=False).indices  # ONNX defines its ties the same way
     # The bits of a non-negative float sort as its value does; the index below them decides ties.
     index = torch.arange(distance.shape[-1], device=distance.device)
@@ -541,8 +553,11 @@ def depth_consistency(points: torch.Tensor, projection: torch.Tensor, pixel_valu
     the silhouette, where the background has depth 0. The gradient reaches all three coordinates: the depth directly,
     row and column through the slope of the image. Ours; the paper only names a cross-reconstruction loss.
 
+    Depth in an image spans the extent of its cloud. That of a sheet seen from above is nothing but noise, so below an
+    extent of 0.02 the excess is measured as if it were 0.02.
+
     Args:
-        points: `(batch, n, 3)`.
+        points: `(batch, n, 3)`, of clouds in the unit sphere.
         projection: `(batch, 3, 4)` that made the image.
         pixel_values: `(batch, 1, height, width)` depth image.
 
@@ -551,7 +566,9 @@ def depth_consistency(points: torch.Tensor, projection: torch.Tensor, pixel_valu
     """
     projected = project_points(points, projection)
     excess = projected[..., 2] - sample_depth(pixel_values, projected)
-    return excess.clamp_min(0.0).square()
+    per_depth = projection[:, 2, :3].abs().amax(-1, keepdim=True)
+    flatness = ((1.0 - MIN_DEPTH) / _FLAT / per_depth).clamp_max(1.0)
+    return (excess.clamp_min(0.0) * flatness).square()
 
 
 def interpolate_features(

@@ -45,7 +45,20 @@ ARRAY_SUFFIXES = (".npy", ".npz")
 TEXT_SUFFIXES = (".xyz", ".txt", ".pts", ".csv")
 MESH_SUFFIXES = (".ply", ".obj", ".stl", ".off", ".glb", ".gltf")
 # Comments may stand before and after the magic word; ModelNet has files with the counts glued to it: `OFF490 518 0`.
-_OFF_HEADER = re.compile(r"(?:\s|#[^\n]*\n)*(?:ST|C|N)*OFF(?:\s|#[^\n]*\n)*(\d+)[ \t]+(\d+)[^\n]*\n")
+# Some write it small; `4OFF` and `nOFF` have other coordinates than x, y, z.
+_OFF_HEADER = re.compile(r"(?:\s|#[^\n]*\n)*(?:ST|C|N|st|c)*(?i:OFF)(?:\s|#[^\n]*\n)*(\d+)[ \t]+(\d+)[^\n]*(?:\n|$)")
+# A quoted field of a text file, and what a header may hold beside the names of its columns: `x [m]`, `columns: x y z`.
+_QUOTED = re.compile(r"""(?<![^\s,])(["'])((?:(?!\1).|\1\1)*)\1(?![^\s,])""")
+_UNIT = re.compile(r"(?<=\w)[\s;]*[\[(][^\[\](),]{0,12}[\])]")
+_LABEL = re.compile(r"\A.*?(?:[:=]\s+|\b(?:columns?|fields?|format)[:=])", re.IGNORECASE)
+# Words that no column is named, though as many may stand in a line as there are columns.
+_PROSE = {"and", "are", "as", "by", "for", "from", "in", "is", "of", "the", "to", "with"}
+# Names of the axes: `x`, `X_m`, `x.coord`, `pos_x`, ParaView's `Points:0`; normals (`nx`) and velocities are none.
+_PLACE = r"(?:points?|pos(?:itions?)?|coord(?:inate)?s?|loc(?:ations?)?|vert(?:ex|ices)|xyz)"
+_LENGTH = r"(?:[kdcmunµ]?m|(?:kilo|centi|milli|micro)?met(?:er|re)s?|in(?:ch(?:es)?)?|ft|feet)"
+_AXIS = re.compile(
+    rf"({_PLACE}[\W_]*)?([xyz])([\W_]*(?:coord(?:inate)?s?|pos(?:ition)?)|[\W_]+{_LENGTH})?|({_PLACE}[\W_]+)([012])"
+)
 # Columns of a row of a data set, or arrays of an .npz file, that may hold the cloud.
 POINT_KEYS = ("points", "mesh")
 
@@ -54,6 +67,8 @@ _SURFACE_OVERSAMPLING = 4
 # Beyond these numbers of points for each point kept, a cloud no longer looks like those the model was made for.
 _DENSE, _SPARSE = 16, 1 / 2
 _FLOAT32 = np.finfo(np.float32)
+# Up to 2**40 and down to its inverse, squares of float32 neither overflow nor vanish.
+_SAFE_EXPONENT = 40
 _EXPECTED = "arrays, tensors, nested lists, trimesh objects, rows with 'points' or 'mesh', or paths of files"
 
 
@@ -125,8 +140,12 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
         self.seed = seed
         self._warned = set()
         self._check_attributes()
-        # JSON knows no tuples: the same attributes before and after saving.
-        self.num_centers, self.num_neighbors = list(num_centers), list(num_neighbors)
+        # JSON knows no tuples and no numbers of numpy: the same attributes before and after saving.
+        for name in ("num_points", "image_size", "splat_size", "seed"):
+            setattr(self, name, int(getattr(self, name)))
+        self.view = int(_check_views(view, 1))
+        self.num_centers, self.num_neighbors = list(map(int, num_centers)), list(map(int, num_neighbors))
+        self.do_normalize, self.do_project = bool(do_normalize), bool(do_project)
 
     def _check_attributes(self):
         for name in ("num_centers", "num_neighbors"):
@@ -197,9 +216,9 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
                 One cloud or a sequence of clouds, of equal size or not. A cloud is an array, tensor or nested list of
                 shape `(n, 3)` or wider (columns after x, y, z are dropped); a `trimesh` mesh, point cloud or scene; a
                 row of a data set with its cloud under `"points"` or `"mesh"`, decoded or not; or the path of a file:
-                arrays (.npy, .npz), text (.xyz, .txt, .pts, .csv, by whitespace or comma, headers skipped), meshes
-                and clouds read by trimesh (.ply, .obj, .stl, .off, .glb, .gltf). An array or tensor `(b, n, 3)` is a
-                batch.
+                arrays (.npy, .npz), text (.xyz, .txt, .pts, .csv, by whitespace or comma; the columns that a header
+                names x, y and z, else the first three), meshes and clouds read by trimesh (.ply, .obj, .stl, .off,
+                .glb, .gltf). An array or tensor `(b, n, 3)` is a batch.
             num_points, sampling, seed, do_normalize, do_project: Replace the attributes of that name for this call.
             view (`int` or `list[int]`, *optional*): View of the depth images, one for all clouds or one for each.
             return_groups (`bool`, defaults to `False`): Whether to return the groups that the model forms.
@@ -535,15 +554,131 @@ def _read_array(source: Path | BytesIO) -> np.ndarray:
 
 def _read_text(text: str) -> np.ndarray:
     """The rows `(n, 3)` after any header. A header that names x, y and z says which columns, else the first three."""
-    lines, columns = text.splitlines(), (0, 1, 2)
+    originals = text.splitlines()
+    lines = list(map(_unquote, originals)) if '"' in text or "'" in text else originals
+    header = _TextHeader()
     for start, line in enumerate(lines):
-        delimiter = "," if "," in line else None
-        names = [token.strip(" \"'").lower() for token in line.lstrip("#/ ").split(delimiter)]
-        if {"x", "y", "z"} <= set(names):
-            columns = tuple(names.index(axis) for axis in "xyz")
-        elif not line.startswith(("#", "//")) and _are_numbers(names, columns):
-            return np.loadtxt(lines[start:], delimiter=delimiter, usecols=columns, ndmin=2)
+        if not line.lstrip().startswith(("#", "//")):
+            delimiter = "," if "," in line else None
+            tokens = [token.strip() for token in line.split(delimiter)]
+            columns = header.columns_of(line, tokens, originals[start])
+            has_numbers = _are_numbers(tokens, (0, 1, 2))
+            if has_numbers or (columns is not None and _are_numbers(tokens, columns)):
+                if columns is None:
+                    header.check_first_three(line, tokens)
+                rows = lines[start:]
+                if "//" in text:
+                    rows = [row for row in rows if not row.lstrip().startswith("//")]
+                return np.loadtxt(rows, delimiter=delimiter, usecols=columns or (0, 1, 2), ndmin=2)
+        header.add(line)
     raise ValueError("no line with three numbers")
+
+
+def _unquote(line: str) -> str:
+    """The line without quotes; what would part a quoted field or begin a comment becomes a semicolon."""
+    return _QUOTED.sub(lambda match: re.sub(r"\s|,|#|//", ";", match[2].strip()), line)
+
+
+class _TextHeader:
+    """
+    What the lines before the first row of a text file tell of its columns.
+
+    A comment that mentions x, y and z is no header unless it has as many names as the rows have columns.
+    """
+
+    def __init__(self):
+        self.columns: dict[int, tuple[int, ...]] = {}  # of x, y and z, for each number of names
+        self.foreign: dict[int, list[str]] = {}  # names without x, y and z, by their number
+        # The last names with x, y and z, for rows of another length.
+        self.names: list[str] = []
+        self.axes: tuple[int, ...] = (0, 1, 2)
+        self.by_comma = self.commented = False
+
+    def add(self, line: str):
+        commented = line.lstrip().startswith(("#", "//"))
+        line = _UNIT.sub("", line.lstrip("#/ "))
+        by_comma = "," in line
+        columns: dict[int, tuple[int, ...]] = {}
+        for part in dict.fromkeys((line, _LABEL.sub("", line, count=1))):
+            for delimiter in (",",) if by_comma else ("\t", None) if "\t" in part else (None,):
+                names = [name.strip(" \t\"';#/()[]") for name in part.split(delimiter)]
+                prose = not by_comma and any(name in _PROSE or _are_numbers([name], (0,)) for name in names)
+                likely = not commented or (by_comma and not any(" " in name for name in names))
+                axes = _find_axes(names)
+                if axes is None:
+                    if not prose and (likely or _have_triple(names)):
+                        self.foreign.update(dict.fromkeys(_widths(names), names))
+                    continue
+                if not prose:
+                    columns = dict.fromkeys(_widths(names), axes) | columns
+                if axes[0] == min(axes) and (prose or (commented and not by_comma)):  # words stand before x
+                    rest = tuple(axis - axes[0] for axis in axes)
+                    columns = dict.fromkeys(_widths(names[axes[0] :]), rest) | columns
+                if likely and not prose:
+                    self.names, self.axes, self.by_comma, self.commented = names, axes, by_comma, commented
+        self.columns.update(columns)
+
+    def columns_of(self, line: str, tokens: list[str], original: str) -> tuple[int, ...] | None:
+        """The columns of x, y and z in the row `line`; none where no header tells."""
+        for width in _row_widths(line, tokens):
+            if width in self.columns:
+                return self.columns[width]
+        # R writes no name above the names of the rows, which alone are quoted.
+        if len(tokens) - 1 in self.columns and re.match(r"""\s*(["']).*?\1[\s,]+[^\s"']""", original):
+            return tuple(column + 1 for column in self.columns[len(tokens) - 1])
+        if self.by_comma and "," in line and (max(self.axes) < len(tokens) or not self.commented):
+            return self.axes
+        return None
+
+    def check_first_three(self, line: str, tokens: list[str]):
+        """Refuses names that do not tell which columns are x, y and z."""
+        advice = "name them x, y and z, or load the table yourself and pass an array (n, 3)"
+        if self.axes != (0, 1, 2) and max(self.axes) < len(tokens):
+            raise ValueError(
+                f"its header has the {len(self.names)} names {self.names}, expected one for each of {len(tokens)} "
+                f"columns; {advice}"
+            )
+        for width in _row_widths(line, tokens):
+            if width > 3 and width in self.foreign:
+                raise ValueError(
+                    f"its columns are named {self.foreign[width]}, expected x, y and z among them; {advice}"
+                )
+
+
+def _widths(tokens: list[str]) -> tuple[int, ...]:
+    """The number of columns, with and without empty ones at the end."""
+    filled = len(tokens)
+    while filled and not tokens[filled - 1]:
+        filled -= 1
+    return tuple(dict.fromkeys((len(tokens), filled)))
+
+
+def _row_widths(line: str, tokens: list[str]) -> tuple[int, ...]:
+    """As `_widths`, and the number of columns before a `#`, which is a comment or a colour."""
+    bare = line.partition("#")[0].strip().split("," if "," in line else None)
+    return tuple(dict.fromkeys((*_widths(tokens), *_widths(bare))))
+
+
+def _find_axes(names: list[str]) -> tuple[int, ...] | None:
+    """The columns of x, y and z, all three named in one manner, if in several then the plainest."""
+    manners: dict[tuple[str, str], dict[str, int]] = {}
+    for column, name in enumerate(names):
+        match = _AXIS.fullmatch(name.lower())
+        if match is not None:
+            before, axis, after, before_digit, digit = match.groups(default="")
+            axis = axis or "xyz"[int(digit)]
+            manners.setdefault((before + before_digit, after), {}).setdefault(axis, column)
+    complete = [manner for manner, columns in manners.items() if len(columns) == 3]
+    if not complete:
+        return None
+    columns = manners[min(complete, key=lambda manner: manner != ("", ""))]
+    return tuple(columns[axis] for axis in "xyz")
+
+
+def _have_triple(names: list[str]) -> bool:
+    """Whether three names differ in x, y and z only, as `nx`, `ny` and `nz` do."""
+    known = {name.lower() for name in names}
+    return any({name[:-1] + axis for axis in "xyz"} <= known for name in known if name)
 
 
 def _are_numbers(tokens: list[str], columns: tuple[int, ...]) -> bool:
@@ -559,9 +694,10 @@ def _read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
 
     Of a torn file trimesh returns what there is, and version 5.2 reads no faces of five corners and more.
     """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     header = _OFF_HEADER.match(text)
     if header is None:
-        raise ValueError("it does not begin with OFF and two counts")
+        raise ValueError(f"it begins with {text.lstrip()[:20]!r}, expected OFF and two counts")
     num_vertices, num_faces = int(header[1]), int(header[2])
     lines = [line.partition("#")[0].strip() for line in text[header.end() :].splitlines()]
     lines = [line for line in lines if line]
@@ -574,10 +710,12 @@ def _read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
     triangles = []
     for line in lines[num_vertices : num_vertices + num_faces]:
         count, *corners = line.split()
+        if int(count) < 0:
+            raise ValueError(f"a face begins with {count}, expected its number of corners")
         if len(corners) < int(count):
             raise ValueError(f"it is torn: a face of {count} corners has {len(corners)}")
-        first, *others = map(int, corners[: int(count)])
-        triangles += [(first, second, third) for second, third in zip(others, others[1:], strict=False)]
+        corners = list(map(int, corners[: int(count)]))
+        triangles += [(corners[0], *edge) for edge in zip(corners[1:], corners[2:], strict=False)]
     return vertices, np.array(triangles, dtype=np.int64).reshape(-1, 3)
 
 
@@ -679,6 +817,10 @@ def _farthest_indices(points: np.ndarray, num_points: int) -> np.ndarray:
     """Farthest point sampling, `(b, n, 3)` to `(b, num_points)`; centred first, as it runs in float32."""
     points = points.astype(np.float64)
     offsets = points - points.mean(1, keepdims=True)
+    exponent = np.frexp(np.abs(offsets).max((1, 2)))[1]
+    extreme = np.abs(exponent) > _SAFE_EXPONENT
+    if extreme.any():  # powers of two change no digit
+        offsets[extreme] = np.ldexp(offsets[extreme], -exponent[extreme, None, None])
     return farthest_point_sample(torch.from_numpy(offsets.astype(np.float32)), num_points).numpy()
 
 

@@ -643,6 +643,11 @@ class JointMAEModel(JointMAEPreTrainedModel):
             ValueError: if a shape is wrong, or if there are fewer points than a group has neighbours.
         """
         self._check_inputs(point_values, pixel_values, projection)
+        batch_size = point_values.shape[0]
+        check_shape("point_mask", point_mask, point_values.shape[:2], torch.bool)
+        check_shape("visible_tokens", visible_tokens, (batch_size, None), torch.int64)
+        check_shape("visible_patches", visible_patches, (batch_size, None), torch.int64)
+        check_shape("image_dropped", image_dropped, (batch_size,), torch.bool)
         tokens, centers, fine_features, fine_centers = self.point_embeddings(point_values, point_mask, visible_tokens)
         token_centers = centers if visible_tokens is None else gather_points(centers, visible_tokens)
         num_tokens = tokens.shape[1]
@@ -677,7 +682,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
         )
 
     def _check_inputs(self, points: torch.Tensor, pixel_values: torch.Tensor | None, projection: torch.Tensor | None):
-        if points.ndim != 3 or points.shape[-1] != 3:
+        if points.ndim != 3 or points.shape[-1] != 3 or points.shape[0] == 0:
             raise ValueError(f"`point_values` has shape {tuple(points.shape)}, expected (batch, num_points, 3).")
         if points.shape[1] < self.config.num_neighbors[0]:
             raise ValueError(
@@ -687,14 +692,14 @@ class JointMAEModel(JointMAEPreTrainedModel):
         if pixel_values is None:
             return
         if self.image_embeddings is None:
-            raise ValueError("`pixel_values` was given, but this model has no image branch (`use_image_branch`).")
+            why = "it is part of a head" if self.config.use_image_branch else "`use_image_branch` is false"
+            raise ValueError(f"`pixel_values` was given, but this encoder has no image branch: {why}.")
         expected = (points.shape[0], self.config.num_channels, self.config.image_size, self.config.image_size)
         if tuple(pixel_values.shape) != expected:
             raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected {expected}.")
         if projection is None:
             raise ValueError("`pixel_values` was given without `projection`, the map from points to its pixels.")
-        if tuple(projection.shape) != (points.shape[0], 3, 4):
-            raise ValueError(f"`projection` has shape {tuple(projection.shape)}, expected {(points.shape[0], 3, 4)}.")
+        check_shape("projection", projection, (points.shape[0], 3, 4))
 
     def _alignment_masks(
         self,
@@ -893,6 +898,14 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
         config = self.config
         self._check_second(point_values, second_point_values)
         batch_size, device = point_values.shape[0], point_values.device
+        check_shape("point_mask", point_mask, point_values.shape[:2], torch.bool)
+        check_shape("view", view, (batch_size,), torch.int64)
+        if view is not None:
+            check_range("view", view, 3)
+        check_shape("point_noise", point_noise, (batch_size, config.num_centers[-1]))
+        check_shape("patch_noise", patch_noise, (batch_size, config.num_patches))
+        if projection is not None and pixel_values is None:
+            raise ValueError("`projection` was given without `pixel_values`, the images that it made.")
         if config.use_image_branch and pixel_values is None:
             if view is None:
                 view = (
@@ -922,6 +935,7 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             visible_tokens=visible_tokens,
             visible_patches=visible_patches,
             image_dropped=image_dropped,
+            return_dict=True,
             **kwargs,
         )
         ordered = gather_points(outputs.centers, torch.cat([visible_tokens, masked_tokens], dim=1))
@@ -943,8 +957,10 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
                 loss = loss + config.cross_loss_weight * loss_cross
         loss_agreement = view_features = None
         if second_point_values is not None:
-            first = outputs if config.agreement_of_visible else self.joint_mae(point_values, point_mask=point_mask)
-            second: JointMAEModelOutput = self.joint_mae(second_point_values)
+            first = outputs
+            if not config.agreement_of_visible:
+                first = self.joint_mae(point_values, point_mask=point_mask, return_dict=True)
+            second: JointMAEModelOutput = self.joint_mae(second_point_values, return_dict=True)
             seen = config.num_visible_tokens if config.agreement_of_visible else config.num_centers[-1]
             # Tokens of the last block alone, whatever the features of a cloud are.
             views = (first.last_hidden_state[:, :seen], second.last_hidden_state)
@@ -1079,7 +1095,7 @@ class JointMAEForPointCloudClassification(JointMAEPreTrainedModel):
         """
         outputs = encoder_outputs
         if outputs is None:
-            outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
+            outputs = self.joint_mae(point_values, point_mask=point_mask, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -1178,13 +1194,16 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
 
         Raises:
             TypeError: if `object_class` is no tensor of integers.
-            ValueError: if `object_class` is missing, its shape is wrong, or a class or part is out of range.
+            ValueError: if `object_class` is missing or not asked for, its shape is wrong, or a class or part is out of
+                range.
         """
         outputs = encoder_outputs
         if outputs is None:
-            outputs = self.joint_mae(point_values, point_mask=point_mask, **kwargs)
+            outputs = self.joint_mae(point_values, point_mask=point_mask, return_dict=True, **kwargs)
         if self.config.num_object_classes > 0:
             self._check_object_class(object_class, point_values.shape[0])
+        elif object_class is not None:
+            raise ValueError("`object_class` was given to a head that is not told it (`num_object_classes` is 0).")
         logits = self.segmenter(
             point_values,
             outputs.last_hidden_state,
@@ -1219,19 +1238,47 @@ class JointMAEForPartSegmentation(JointMAEPreTrainedModel):
             raise ValueError(
                 f"`object_class` has shape {tuple(object_class.shape)}, expected (batch,), here ({batch_size},)."
             )
-        check_labels(object_class, num_classes, "object_class")
+        check_range("object_class", object_class, num_classes)
 
 
-def check_labels(labels: torch.Tensor, num_labels: int, name: str = "labels"):
+def check_shape(
+    name: str, values: torch.Tensor | None, expected: tuple[int | None, ...], dtype: torch.dtype | None = None
+):
+    """
+    Raises:
+        ValueError: if a tensor that is given has another shape than expected (`None`: any size) or another type.
+    """
+    if values is None:
+        return
+    fits = values.ndim == len(expected)
+    fits = fits and all(size in (None, found) for size, found in zip(expected, values.shape, strict=True))
+    if not fits or (dtype is not None and values.dtype != dtype):
+        shape = ", ".join("any" if size is None else str(size) for size in expected)
+        of_type = "" if dtype is None else f" of {dtype}"
+        raise ValueError(f"`{name}` has shape {tuple(values.shape)} of {values.dtype}, expected ({shape}){of_type}.")
+
+
+def check_labels(labels: torch.Tensor, num_labels: int):
     """
     Raises:
         ValueError: if integer labels on the CPU are out of range; on a GPU looking would stall it.
     """
-    if labels.device.type != "cpu" or labels.is_floating_point() or torch.compiler.is_compiling():
+    if num_labels > 1 and not labels.is_floating_point():
+        check_range("labels", labels, num_labels, ignored=-100)
+
+
+def check_range(name: str, values: torch.Tensor, stop: int, ignored: int | None = None):
+    """
+    Raises:
+        ValueError: if integers on the CPU are not in `range(stop)`; on a GPU looking would stall it.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-    if num_labels > 1 and wrong.numel():
-        raise ValueError(f"`{name}` holds {wrong[0].item()}, expected 0 to {num_labels - 1}.")
+    wrong = (values < 0) | (values >= stop)
+    if ignored is not None:
+        wrong &= values != ignored
+    if wrong.any():
+        raise ValueError(f"`{name}` holds {values[wrong][0].item()}, expected 0 to {stop - 1}.")
 
 
 __all__ = [

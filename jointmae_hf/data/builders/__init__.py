@@ -53,7 +53,8 @@ def open_source(name: str, root: str | Path) -> ShapeSource:
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
     """
-    Uploads a built folder as the data set `repo_id`, which is made if there is none.
+    Uploads a built folder as the data set `repo_id`, which is made if there is none. Tables of an earlier build, the
+    `data/*.parquet` that are not in the folder, are deleted there in the same commit.
 
     Args:
         folder: tables, card and contact sheet.
@@ -68,6 +69,10 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
     api = HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, repo_type="dataset", ignore_patterns=["**/.*", ".*"]
+        repo_id=repo_id,
+        folder_path=folder,
+        repo_type="dataset",
+        ignore_patterns=["**/.*", ".*"],
+        delete_patterns=["data/*.parquet"],
     )
     return commit.commit_url

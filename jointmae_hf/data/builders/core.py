@@ -275,6 +275,10 @@ def write_shards(
         if state["unreadable"] or not (folder / "data" / name).is_file():
             del done[name]
     missing = {name: members for name, members in shards.items() if name not in done}
+    for left in (folder / "data").glob(".*.partial"):  # a build with other settings may name its shards otherwise
+        left.unlink()
+    if missing and not done:  # says whose the first shard is, should the build end before it is listed
+        _save_state(folder, settings, {})
     # A generator over all missing items, cut into shards: the processes read ahead into the next one.
     rows = read_rows([i for members in missing.values() for i in members], read, num_workers, done=len(items))
     with closing(rows):
@@ -379,12 +383,12 @@ def _digest(items: Sequence[ShapeItem]) -> str:
 
 
 def _load_state(folder: Path, settings: dict[str, Any]) -> dict[str, dict]:
-    """The shards that an earlier run finished."""
+    """The shards that an earlier run finished; one that finished none may have had other settings."""
     path = folder / BUILD_FILE
-    if not path.is_file():
-        if (folder / "data").exists():
-            raise ValueError(f"`output` is {str(folder)!r}, which holds data of another origin; name a new folder.")
+    if all(file.name.endswith(".partial") for file in (folder / "data").glob("*")):
         return {}
+    if not path.is_file():
+        raise ValueError(f"`output` is {str(folder)!r}, which holds data of another origin; name a new folder.")
     state = json.loads(path.read_text(encoding="utf-8"))
     found = state["settings"]
     different = [
