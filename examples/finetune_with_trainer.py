@@ -39,8 +39,6 @@ def main():
     set_seed(arguments.seed)
     shapes = datasets.load_dataset(arguments.dataset)
     names = shapes["train"].features["label"].names
-    if len(shapes["train"]) % arguments.batch_size == 1:  # batch normalisation cannot do with a last batch of one
-        shapes["train"] = shapes["train"].select(range(len(shapes["train"]) - 1))
     processor = JointMAEPointCloudProcessor.from_pretrained(arguments.model)
     model = JointMAEForPointCloudClassification.from_pretrained(
         arguments.model, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}

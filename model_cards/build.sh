@@ -55,7 +55,7 @@ accelerate launch examples/pretrain.py --preset small --train_data procedural --
     --max_jitter 0.01 --grad_norm_steps 0 --save_steps 100 --output_dir outputs/joint-mae-small --resume_from_checkpoint latest \
     --config_overrides "agreement_loss_weight=5,agreement_of_visible=false,pooling_deviation=true,pooling_layers=[3,6,8],drop_path_rate=0"
 release outputs/joint-mae-small joint-mae-small apache-2.0
-measure joint-mae-small "${RESULTS}_small" linear_svm few_shot retrieval classification
+measure joint-mae-small "${RESULTS}_small" linear_svm few_shot retrieval classification part_segmentation
 release outputs/joint-mae-small joint-mae-small apache-2.0 --training outputs/joint-mae-small/result.json \
-    --results "${RESULTS}_small"/*/{linear_svm-*-1,few_shot-*,retrieval-*,classification-*-1}.json \
+    --results "${RESULTS}_small"/*/{linear_svm-*-1,few_shot-*,retrieval-*,classification-*-1,part_segmentation-*}.json \
     --notes model_cards/notes/joint-mae-small.md

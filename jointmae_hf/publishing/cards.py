@@ -226,10 +226,22 @@ def _results_section(results: list[TaskResult]) -> str:
     measured_on: dict[tuple[str, str], dict[str, None]] = {}
     for result in results:
         sizes = ", ".join(f"{size:,} {part}" for part, size in result.split_sizes.items())
-        on = measured_on.setdefault((task_name(result), result.protocol), {})
+        on = measured_on.setdefault((task_name(result), _whole_protocol(result)), {})
         on[f"{dataset_name(result)} ({sizes})"] = None
     protocols = [f"- {task}, {'; '.join(on)}: {protocol}." for (task, protocol), on in measured_on.items()]
     return "\n".join([*lines, *protocols, ""])
+
+
+def _whole_protocol(result: TaskResult) -> str:
+    """The protocol in words, with what older results have in their settings alone."""
+    settings, parts = result.settings, [result.protocol]
+    is_network = result.model["initialization"] != "random_forest"
+    overrides = settings.get("config_overrides")
+    if is_network and overrides and "configuration with" not in result.protocol:
+        parts.append(f"configuration with {overrides}")
+    if result.task == "part_segmentation" and settings.get("use_object_class", True):
+        parts.append("the class of each object is given and only parts that its class has are predicted")
+    return ", ".join(parts)
 
 
 def _read_training(file: Path) -> dict[str, Any]:
