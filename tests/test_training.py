@@ -249,6 +249,13 @@ def test_a_signal_to_all_processes_of_a_job_leaves_a_checkpoint(make, processes)
     assert len(checkpoints.list_checkpoints(Path(stopped.output_dir))) == 1
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_configuration(make):
+    pretrain(make("run", max_steps=1, ema_decay=0.9))
+    folder = Path(make("run").output_dir)
+    for file in [*folder.rglob("*.safetensors")]:
+        assert file.stat().st_mode == (folder / "config.json").stat().st_mode, file
+
+
 def test_what_comes_after_the_checkpoint_that_is_resumed_from_is_put_aside(make):
     common = {"max_steps": 4, "save_steps": 1, "save_total_limit": 9}
     pretrain(make("run", **common))

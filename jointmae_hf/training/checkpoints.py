@@ -122,6 +122,7 @@ def save_checkpoint(
     (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
     if log is not None and log.exists():
         shutil.copyfile(log, partial / LOG)
+    _share_weights(partial)
     files = sorted(partial.iterdir())
     manifest = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -154,6 +155,14 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     finally:
         if was_enabled:
             hf_logging.enable_progress_bar()
+    _share_weights(folder)
+
+
+def _share_weights(folder: Path):
+    """Weights may be read by whoever may read the configuration; safetensors 0.8 lets only their owner."""
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def save_model_folder(model: PreTrainedModel, processor: FeatureExtractionMixin, folder: Path):
