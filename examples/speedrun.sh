@@ -2,7 +2,7 @@
 # From nothing to a model and its downstream table: virtual environment, packages, pre-training, report.
 #
 #     bash examples/speedrun.sh                              # on GPUs the paper's size, else `tiny` on the CPU
-#     bash examples/speedrun.sh --max_steps 500 --seed 1     # any argument of pretrain.py replaces the recipe's
+#     bash examples/speedrun.sh --max_steps 500 --seed 1     # arguments of pretrain.py replace the recipe's
 #     VENV=/path/to/venv OUTPUT=outputs/mine bash examples/speedrun.sh
 #
 # Run again after an interruption, it goes on where it was. The last lines are the table, which is in table.md, too: the
@@ -31,7 +31,7 @@ in_hardware = capable.get('avx512_bf16') or capable.get('amx_bf16')
 print('gpu' if torch.cuda.is_available() else 'cpu-bf16' if in_hardware else 'cpu')") in
     # The paper's size on 12.6 million shapes; `batch_size` counts over all GPUs.
     gpu) RECIPE=(--mixed_precision bf16 --compile --preset base --batch_size 512 --max_steps 24609) LAYERS=[4,8,12] ;;
-    # About 40 minutes on two cores that do 80 samples a second; without bfloat16 in hardware, twice that.
+    # About half an hour on two cores that do 120 samples a second; without bfloat16 in hardware, twice that.
     cpu-bf16) RECIPE=(--mixed_precision bf16 --preset tiny --batch_size 128 --max_steps 1500) LAYERS=[2,4,6] ;;
     cpu) RECIPE=(--preset tiny --batch_size 128 --max_steps 1500) LAYERS=[2,4,6] ;;
     *) exit 1 ;;
