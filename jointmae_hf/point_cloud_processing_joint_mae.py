@@ -569,7 +569,13 @@ def _read_text(text: str) -> np.ndarray:
                 rows = lines[start:]
                 if "//" in text:
                     rows = [row for row in rows if not row.lstrip().startswith("//")]
-                return np.loadtxt(rows, delimiter=delimiter, usecols=columns or (0, 1, 2), ndmin=2)
+                values = np.loadtxt(rows, delimiter=delimiter, usecols=columns or (0, 1, 2), ndmin=2)
+                if columns is None and len(tokens) > 3 and len(values) > 2 and (np.diff(values[:, 0]) == 1).all():
+                    raise ValueError(
+                        "its first column counts the rows, and no header says which ones are x, y and z; name them "
+                        "so, or load the table yourself and pass an array (n, 3)"
+                    )
+                return values
         header.add(line)
     raise ValueError("no line with three numbers")
 

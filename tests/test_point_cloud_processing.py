@@ -431,7 +431,7 @@ def test_files_of_points(processor, tmp_path, name):
     ],
 )
 def test_the_header_of_a_text_file_tells_the_columns(processor, tmp_path, header, row):
-    expected = [[i, i * i, -i] for i in range(8)]
+    expected = [[2 * i, i * i, -i] for i in range(8)]
     lines = [header, *(row.format(*point) for point in expected)]
     path = tmp_path / "cloud.txt"
     path.write_text("\n".join(lines))
@@ -456,6 +456,13 @@ def test_columns_of_a_text_file_are_not_guessed_against_its_header(processor, tm
     path = tmp_path / "cloud.txt"
     path.write_text("\n".join([header, *[row] * 8]))
     with pytest.raises(ValueError, match=rf"cloud.txt'\) cannot be read: .*{message}"):
+        processor(path)
+
+
+def test_a_column_that_counts_the_rows_is_not_taken_for_x(processor, tmp_path):
+    path = tmp_path / "cloud.csv"
+    path.write_text("\n".join(f"{number},{number % 3},2.5,1" for number in range(20)))
+    with pytest.raises(ValueError, match="its first column counts the rows, and no header says"):
         processor(path)
 
 

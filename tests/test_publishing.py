@@ -325,6 +325,27 @@ def test_a_card_counts_the_samples_and_the_time_of_all_runs_of_training(trained,
     assert text.count(f"| versions | python {run['versions']['python']}") == 1
 
 
+def test_a_card_refuses_training_that_ended_with_other_weights(trained, digest, tmp_path):
+    run = json.loads((Path(__file__).parents[1] / "examples" / "results" / "pretrain.json").read_text())
+    options = {"repo_id": "org/tiny", "license": "mit", "results": [], "training": [tmp_path / "result.json"]}
+    (tmp_path / "result.json").write_text(json.dumps(run | {"weights_digest": "0" * 64}))
+    with pytest.raises(ResultError, match="is of a run that ended with other weights"):
+        build_model_folder(trained, tmp_path / "card", **options)
+    (tmp_path / "result.json").write_text(json.dumps(run | {"weights_digest": digest}))
+    build_model_folder(trained, tmp_path / "card", half=True, **options)
+
+
+def test_a_card_is_not_written_over_other_files(trained, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("precious")
+    options = {"repo_id": "org/tiny", "license": "mit", "results": []}
+    with pytest.raises(PublishingError, match="which holds other files, expected a new folder or one of a model"):
+        build_model_folder(trained, tmp_path / "mine", **options)
+    assert (tmp_path / "mine" / "README.md").read_text() == "precious"
+    with pytest.raises(PublishingError, match="nowhere, which holds no config.json"):
+        build_model_folder(tmp_path / "nowhere", tmp_path / "card", **options)
+
+
 def test_the_code_on_a_card_runs_as_it_stands_and_the_card_names_the_classes(head, tmp_path):
     text = (head / "README.md").read_text()
     assert "Object classes: 0 rod, 1 disc." in text

@@ -249,6 +249,22 @@ def test_a_signal_to_all_processes_of_a_job_leaves_a_checkpoint(make, processes)
     assert len(checkpoints.list_checkpoints(Path(stopped.output_dir))) == 1
 
 
+def test_two_runs_do_not_share_a_folder(make):
+    arguments = make("run", max_steps=1)
+    folder = Path(arguments.output_dir)
+    with checkpoints.folder_of_one_run(folder), pytest.raises(FileExistsError, match="is in use by another run"):
+        pretrain(arguments)
+    assert [path.name for path in folder.iterdir()] == [checkpoints.LOCK]
+    pretrain(arguments)
+    assert (folder / "model.safetensors").exists()
+
+
+def test_the_folder_of_checkpoints_is_not_taken_for_one_of_them(make):
+    pretrain(make("run", max_steps=3))
+    with pytest.raises(ValueError, match="a folder of checkpoints, expected one of them or `latest`"):
+        pretrain(make("other", resume_from_checkpoint=make("run").output_dir))
+
+
 def test_weights_may_be_read_by_whoever_may_read_the_configuration(make):
     pretrain(make("run", max_steps=1, ema_decay=0.9))
     folder = Path(make("run").output_dir)
@@ -523,7 +539,7 @@ def test_the_result_and_the_log_hold_what_happened(make):
 def test_a_saved_run_is_a_model_to_load_and_holds_no_pickle(make):
     arguments = make("run")
     pretrain(arguments)
-    files = [path for path in Path(arguments.output_dir).rglob("*") if path.is_file()]
+    files = [path for path in Path(arguments.output_dir).rglob("*") if path.is_file() and path.name != checkpoints.LOCK]
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".py"}
     assert [path.name for path in checkpoints.list_checkpoints(Path(arguments.output_dir))] == [
         "checkpoint-9",

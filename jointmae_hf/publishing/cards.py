@@ -68,10 +68,17 @@ def build_model_folder(
         card: as for [`model_card`].
 
     Raises:
-        PublishingError: if `source` lacks a file of a model, or `attach` has another kind of file.
+        PublishingError: if `source` lacks a file of a model, `output` holds something else, or `attach` has a file of
+            another kind.
         ResultError: if a result was not measured with these weights.
     """
     source, output = Path(source), Path(output)
+    if not (source / "config.json").is_file():
+        raise PublishingError(f"`source` is {source}, which holds no config.json, expected a folder of a model.")
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
+        raise PublishingError(
+            f"`output` is {output}, which holds other files, expected a new folder or one of a model."
+        )
     files = [file for pattern in (*MODEL_FILES, PICTURES) for file in sorted(source.glob(pattern))]
     for file in map(Path, attach):
         if not any(fnmatch.fnmatch(file.name, pattern) for pattern in LICENCES):
@@ -165,6 +172,10 @@ def model_card(
     if results:
         parts.append(_results_section(results))
     stages = [_read_training(Path(file)) for file in training]
+    if stages and stages[-1]["weights"] not in (None, *known, *before):
+        raise ResultError(
+            f"{training[-1]} is of a run that ended with other weights than those in the folder of the card."
+        )
     if stages:
         parts.append(_training_section(stages))
     if stages or results:
@@ -255,6 +266,7 @@ def _read_training(file: Path) -> dict[str, Any]:
         data = arguments.get("train_data") or arguments["dataset"]
         device = f"{run['device']}, {run['num_processes']} process(es)"
         return {
+            "weights": run.get("weights_digest"),
             "samples": steps * size,
             "seconds": run["seconds"],
             "row": [

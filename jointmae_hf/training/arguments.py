@@ -3,6 +3,7 @@
 import ast
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from ..configuration_joint_mae import JointMAEConfig
@@ -99,7 +100,7 @@ class PreTrainingArguments:
     report_to: str = _argument("none", "Trackers of Accelerate, comma-separated (tensorboard, wandb, ...), or none.")
     push_to_hub: bool = _argument(False, "Upload the final model to --hub_model_id.")
     hub_model_id: str | None = _argument(None, "Repository on the Hub, `owner/name`.")
-    hub_private_repo: bool = _argument(False, "Whether that repository is private if it is made.")
+    hub_private_repo: bool = _argument(True, "Whether that repository is private if it is made.")
 
     # Evaluation
     evaluate: bool = _argument(True, "Report on features and reconstructions at the end.")
@@ -121,6 +122,7 @@ class PreTrainingArguments:
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("max_steps", "save_total_limit", "num_threads"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0")
+        self._require("output_dir", not Path(self.output_dir).is_file(), "no file of that name")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2 ** 63 - 1")
         for name in ("streaming", "train_data"):
             endless = self.max_steps is None and getattr(self, name)

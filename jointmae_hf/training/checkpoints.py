@@ -20,10 +20,12 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -42,6 +44,7 @@ AVERAGE = "average.safetensors"
 STATE = "trainer_state.json"
 LOG = "log.jsonl"
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = re.compile(r"checkpoint-\d+\.(partial|replaced)")
@@ -49,6 +52,29 @@ _UNFINISHED = re.compile(r"checkpoint-\d+\.(partial|replaced)")
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, incomplete or damaged; the message names the file."""
+
+
+@contextlib.contextmanager
+def folder_of_one_run(folder: Path) -> Iterator[None]:
+    """
+    Inside, no other process may run in a folder; the system takes the lock from a process that was killed.
+
+    Raises:
+        FileExistsError: if one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileExistsError(
+            f"`output_dir` {folder} is in use by another run, which may have outlived its launcher; wait for its "
+            "end or stop it."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -122,7 +148,7 @@ def save_checkpoint(
     (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
     if log is not None and log.exists():
         shutil.copyfile(log, partial / LOG)
-    _share_weights(partial)
+    _share_weights(partial, STATE)
     files = sorted(partial.iterdir())
     manifest = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -155,12 +181,11 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     finally:
         if was_enabled:
             hf_logging.enable_progress_bar()
-    _share_weights(folder)
 
 
-def _share_weights(folder: Path):
-    """Weights may be read by whoever may read the configuration; safetensors 0.8 lets only their owner."""
-    mode = (folder / "config.json").stat().st_mode
+def _share_weights(folder: Path, beside: str):
+    """Weights may be read by whoever may read a file beside them; safetensors 0.8 lets only their owner."""
+    mode = (folder / beside).stat().st_mode
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)
 
@@ -172,6 +197,7 @@ def save_model_folder(model: PreTrainedModel, processor: FeatureExtractionMixin,
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, staging)
     processor.save_pretrained(staging)
+    _share_weights(staging, "config.json")
     for file in sorted(staging.iterdir()):
         file.replace(folder / file.name)
     staging.rmdir()

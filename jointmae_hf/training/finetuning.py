@@ -17,6 +17,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -57,8 +58,10 @@ from ..evaluation.results import (
 from ..evaluation.segmentation import class_parts, segment_clouds, segmentation_metrics
 from .arguments import parse_config_overrides
 from .checkpoints import (
+    LOCK,
     LOG,
     STATE,
+    folder_of_one_run,
     latest_checkpoint,
     load_weights,
     read_json,
@@ -669,6 +672,13 @@ def _finetune(tuner_class: type[FineTuner], arguments: FineTuningArguments) -> T
     )
     _check_output_dir(output_dir, arguments)
     accelerator.wait_for_everyone()  # nobody still looks at the folder
+    with folder_of_one_run(output_dir) if accelerator.is_main_process else nullcontext():
+        return _run_seeds(tuner_class, arguments, accelerator, output_dir)
+
+
+def _run_seeds(
+    tuner_class: type[FineTuner], arguments: FineTuningArguments, accelerator: Accelerator, output_dir: Path
+) -> TaskResult | None:
     if arguments.overwrite_output_dir and arguments.resume_from_checkpoint is None and accelerator.is_main_process:
         _remove_earlier_run(output_dir)
     splits = (arguments.train_split, arguments.test_split)
@@ -851,7 +861,7 @@ def _build_accelerator(arguments: FineTuningArguments) -> Accelerator:
 
 
 def _check_output_dir(output_dir: Path, arguments: FineTuningArguments):
-    present = output_dir.is_dir() and any(output_dir.iterdir())
+    present = output_dir.is_dir() and any(path.name != LOCK for path in output_dir.iterdir())
     if present and arguments.resume_from_checkpoint is None and not arguments.overwrite_output_dir:
         raise FileExistsError(
             f"`output_dir` {output_dir} is not empty. Choose another one, continue its run with "

@@ -1,6 +1,7 @@
 """The arguments of fine-tuning: dataclasses, from which scripts make their command line."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..data.augmentation import Augmentation
@@ -125,6 +126,7 @@ class FineTuningArguments:
         valid = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0 and max(self.seeds) < 2**63
         self._require("seeds", valid, "distinct numbers from 0 to 2 ** 63 - 1")
         self._require("dataset", self.dataset is not None, "a name on the Hub, a folder or a parquet file")
+        self._require("output_dir", not Path(self.output_dir).is_file(), "no file of that name")
         is_forest = self.baseline == "random_forest"
         named = self.model_name_or_path is not None or self.from_scratch or is_forest
         self._require("model_name_or_path", named, "a model, or --from_scratch")

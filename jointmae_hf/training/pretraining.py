@@ -24,7 +24,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -49,10 +49,12 @@ from ..data.mixture import MixedBatches, finish_batch, open_sources, parse_mixtu
 from .arguments import PreTrainingArguments, build_config
 from .averaging import WeightAverage
 from .checkpoints import (
+    LOCK,
     LOG,
     MODEL,
     STATE,
     abandon_checkpoints_after,
+    folder_of_one_run,
     latest_checkpoint,
     list_checkpoints,
     load_average,
@@ -235,7 +237,7 @@ class PreTrainer:
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, undamaged, or `None`; refuses an output folder that holds something else."""
         wanted, output_dir = self.arguments.resume_from_checkpoint, self.output_dir
-        present = set(os.listdir(output_dir)) if output_dir.is_dir() else set()
+        present = set(os.listdir(output_dir)) - {LOCK} if output_dir.is_dir() else set()
         if wanted is None:
             checkpoint = None
         elif wanted == "latest":
@@ -247,6 +249,10 @@ class PreTrainer:
                     logger.info("There is no checkpoint in %s yet: starting from the beginning.", output_dir)
         else:
             checkpoint = Path(wanted)
+            if list_checkpoints(checkpoint):
+                raise ValueError(
+                    f"`resume_from_checkpoint` is {wanted}, a folder of checkpoints, expected one of them or `latest`."
+                )
             verify_checkpoint(checkpoint)
         self.continues_here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
         if present and not self.continues_here and not self.arguments.overwrite_output_dir:
@@ -472,6 +478,10 @@ class PreTrainer:
     # ---- Training
 
     def run(self) -> dict[str, Any] | None:
+        with folder_of_one_run(self.output_dir) if self.is_main else nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any] | None:
         self._prepare_output_dir()
         if self.arguments.report_to != "none":
             self.accelerator.init_trackers("joint-mae-pretraining", config=self._tracked_arguments())
@@ -689,7 +699,7 @@ class PreTrainer:
 
     def _finish(self, model: JointMAEForPreTraining) -> dict[str, Any]:
         """Saves the model, evaluates it, and writes the result."""
-        from ..evaluation.results import command_line
+        from ..evaluation.results import command_line, weights_digest
 
         arguments, progress = self.arguments, self.progress
         save_model_folder(model, JointMAEPointCloudProcessor.from_config(self.config), self.output_dir)
@@ -711,6 +721,7 @@ class PreTrainer:
             "flops_per_sample": round(self.flops),
             "flops_per_second": round(flops_per_second),
             "share_of_peak": None if self.peak is None else round(flops_per_second / self.peak, 4),
+            "weights_digest": weights_digest(model.joint_mae),
             "weights": "of the last step" if self.average is None else "averaged over the steps",
             "final_losses": progress.last_epoch.mean(),
             "report": self._report(model) if self.evaluates else None,
@@ -743,7 +754,7 @@ class PreTrainer:
         url = api.upload_folder(
             repo_id=arguments.hub_model_id,
             folder_path=self.output_dir,
-            ignore_patterns=["checkpoint-*", "abandoned-checkpoint-*", "*.partial*", f"{_TRACKERS}/*"],
+            ignore_patterns=[LOCK, "checkpoint-*", "abandoned-checkpoint-*", "*.partial*", f"{_TRACKERS}/*"],
             commit_message=f"Pre-trained for {self.progress.step} steps",
         )
         logger.info("Uploaded to %s.", url)
@@ -773,7 +784,7 @@ def step_seed(seed: int, step: int, process_index: int) -> int:
 def remove_earlier_run(output_dir: Path):
     """Removes checkpoints, log, result and model of an earlier run; other files stay."""
     remove_unfinished(output_dir)
-    for path in list_checkpoints(output_dir):
+    for path in [*list_checkpoints(output_dir), *output_dir.glob("abandoned-checkpoint-*")]:
         shutil.rmtree(path)
     shutil.rmtree(output_dir / _TRACKERS, ignore_errors=True)
     model_files = (MODEL, "config.json", "preprocessor_config.json", "*_joint_mae.py")

@@ -385,6 +385,8 @@ def _digest(items: Sequence[ShapeItem]) -> str:
 def _load_state(folder: Path, settings: dict[str, Any]) -> dict[str, dict]:
     """The shards that an earlier run finished; one that finished none may have had other settings."""
     path = folder / BUILD_FILE
+    if not path.is_file() and (folder / "README.md").exists():
+        raise ValueError(f"`output` is {str(folder)!r}, which holds a README.md of another origin; name a new folder.")
     if all(file.name.endswith(".partial") for file in (folder / "data").glob("*")):
         return {}
     if not path.is_file():
