@@ -539,8 +539,9 @@ def test_the_result_and_the_log_hold_what_happened(make):
 def test_a_saved_run_is_a_model_to_load_and_holds_no_pickle(make):
     arguments = make("run")
     pretrain(arguments)
-    files = [path for path in Path(arguments.output_dir).rglob("*") if path.is_file() and path.name != checkpoints.LOCK]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".py"}
+    files = [path for path in Path(arguments.output_dir).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".py", ""}
+    assert [path.name for path in files if not path.suffix] == [checkpoints.LOCK]
     assert [path.name for path in checkpoints.list_checkpoints(Path(arguments.output_dir))] == [
         "checkpoint-9",
         "checkpoint-10",
