@@ -696,6 +696,10 @@ def test_a_folder_that_holds_another_build_is_left_alone(tmp_path):
     write(tmp_path / "foreign" / "data" / "train.csv", "x")
     with pytest.raises(ValueError, match="data of another origin"):
         build_dataset(open_folder(root), tmp_path / "foreign")
+    write(tmp_path / "mine" / "README.md", "precious")
+    with pytest.raises(ValueError, match="README.md of another origin"):
+        build_dataset(open_folder(root), tmp_path / "mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["README.md"]
     assert contents(tmp_path / "out") == before
     for argument in ({"num_points": 0}, {"dtype": "int8"}, {"num_workers": 0}, {"rows_per_shard": 0}):
         with pytest.raises(ValueError, match=f"`{next(iter(argument))}` is"):

@@ -169,6 +169,12 @@ def test_a_missing_column_error_names_the_columns_there_are():
         load_point_clouds(dataset)
 
 
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "/no/where", "no/where/at/all"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"`dataset` is '{name}', but there is no such folder"):
+        load_point_dataset(name)
+
+
 def test_parquet_files_folders_and_saved_data_sets_are_opened(tmp_path):
     dataset = as_dataset(random_clouds([4, 5]))
     (tmp_path / "folder").mkdir()

@@ -292,7 +292,7 @@ def test_degenerate_clouds_stay_finite(scale, view):
     assert loss.isfinite() and points.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("counts", {geometry_joint_mae._COMPILING_COUNTS_AS_EXPORTING, True})
+@pytest.mark.parametrize("counts", sorted({geometry_joint_mae._COMPILING_COUNTS_AS_EXPORTING, True}))
 def test_kernels_are_used_where_a_graph_is_compiled_and_not_where_it_is_exported(counts, monkeypatch):
     pytest.importorskip("numba")
     monkeypatch.setattr(geometry_joint_mae, "_COMPILING_COUNTS_AS_EXPORTING", counts)

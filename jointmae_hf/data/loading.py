@@ -96,12 +96,11 @@ def load_point_dataset(
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         rows = _read_saved(path, split)
         return rows.to_iterable_dataset() if streaming else rows
-    if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1):
-        if path.suffix != ".parquet":
-            raise FileNotFoundError(f"`dataset` is {dataset!r}, but there is no such folder.")
     source, files = (str(path) if path.exists() else dataset, config_name), None
     if path.suffix == ".parquet":
         source, files = ("parquet", None), _parquet_files(path)
+    elif not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1):
+        raise FileNotFoundError(f"`dataset` is {dataset!r}, but there is no such folder.")
     try:
         return datasets.load_dataset(*source, data_files=files, split=split, streaming=streaming)
     except ValueError as error:

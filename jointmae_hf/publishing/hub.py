@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import jointmae_hf
-from jointmae_hf import JointMAEConfig
 
 
 logger = logging.getLogger(__name__)
@@ -276,7 +275,7 @@ def _check_earlier_release(api: HfApi, repo_id: str, revision: str | None):
         with tempfile.TemporaryDirectory() as cache:
             config = api.hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
             found = _read_json(Path(config)).get("model_type")
-    if found != JointMAEConfig.model_type:
+    if found != jointmae_hf.JointMAEConfig.model_type:
         what = "no config.json" if "config.json" not in files else f"a model of type {found!r}"
         raise PublishingError(
             f"{repo_id} on the Hub holds {len(files)} files, such as {files[0]}, and {what}: they are no earlier "

@@ -132,10 +132,8 @@ def _conditions(result: TaskResult, any_share: bool) -> dict[str, Any]:
     names = ["train_split", "test_split", "num_points", "num_points_used", "point_seed"]
     is_network = result.model["initialization"] != "random_forest"
     if is_network:
-        names.append("C")
+        names += ("C", *_TUNING)
         found["model.parameters"] = result.model["parameters"]
-    if is_network and "learning_rate" in settings:
-        names += _TUNING
     if result.task == "few_shot":
         found["seeds"] = result.seeds  # each is another draw of classes and shapes
     if not any_share:

@@ -285,15 +285,15 @@ def load_weights(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / OPTIMIZER} cannot be loaded: {error}") from error
     optimizer.state.clear()
+    keys = ("step", "exp_avg", "exp_avg_sq")
     for name, parameter in model.named_parameters():
-        keys = ("step", "exp_avg", "exp_avg_sq")
         missing = [f"{name}.{key}" for key in keys if f"{name}.{key}" not in tensors]
         # A parameter that has had no gradient yet has none of them.
         if not parameter.requires_grad or len(missing) == len(keys):
             continue
+        if missing:
+            raise CheckpointError(f"{path / OPTIMIZER} lacks {missing[0]}.")
         for key in keys:
-            if missing:
-                raise CheckpointError(f"{path / OPTIMIZER} lacks {missing[0]}.")
             tensor = tensors[f"{name}.{key}"]
             # AdamW counts its steps on the CPU.
             optimizer.state[parameter][key] = tensor if key == "step" else spread_like(tensor, parameter)

@@ -318,9 +318,9 @@ class PreTrainer:
         self.fingerprint = self.data.fingerprint()
 
     def _load_stream(self, collator: PreTrainingCollator):
-        arguments = self.arguments
+        arguments, dataset = self.arguments, self._open_dataset()
         self.data = StreamBatches(
-            self._open_dataset(),
+            dataset,
             arguments.points_column,
             collator,
             shuffle_buffer_size=arguments.shuffle_buffer_size,
@@ -329,7 +329,7 @@ class PreTrainer:
         self.fingerprint = {
             "name": arguments.dataset,
             "config_name": arguments.dataset_config_name,
-            "first_cloud": first_cloud_checksum(self._open_dataset(), arguments.points_column),
+            "first_cloud": first_cloud_checksum(dataset, arguments.points_column),
             "num_processes": self.accelerator.num_processes,
         }
 
