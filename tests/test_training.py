@@ -30,7 +30,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
+from jointmae_hf import JointMAEConfig, JointMAEForPreTraining, JointMAEPointCloudProcessor
 from jointmae_hf.data.augmentation import Augmentation
 from jointmae_hf.data.collation import EpochBatches, PreTrainingCollator
 from jointmae_hf.data.loading import load_point_clouds, load_point_dataset
@@ -550,6 +550,7 @@ def test_a_saved_run_is_a_model_to_load_and_holds_no_pickle(make):
     for folder in (arguments.output_dir, Path(arguments.output_dir) / "checkpoint-10"):
         state = JointMAEForPreTraining.from_pretrained(folder).state_dict()
         assert all(torch.equal(state[name], final[name]) for name in final)
+        assert JointMAEPointCloudProcessor.from_pretrained(folder).num_points == 64
 
 
 def test_training_can_start_from_the_weights_of_a_model(make):
@@ -659,7 +660,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(tmp_path, name,
     model = torch.nn.Linear(2, 2)
     model.save_pretrained = lambda folder, state_dict: (folder / "model.safetensors").write_bytes(bytes(100))
     optimizer = torch.optim.AdamW(model.parameters())
-    path = checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, {"step": 1})
+    path = checkpoints.save_checkpoint(tmp_path, 1, model, JointMAEPointCloudProcessor(), optimizer, {"step": 1})
     checkpoints.verify_checkpoint(path)
     breaks, message = DAMAGES[damage]
     breaks(path / name)

@@ -3,6 +3,7 @@
 A checkpoint is a folder `checkpoint-STEP`:
 
     config.json, model.safetensors    what `save_pretrained` writes: a model to load like any other
+    preprocessor_config.json          its processor
     optimizer.safetensors             `PARAMETER.exp_avg` and so on, by the name of the parameter
     average.safetensors               the average of the weights, if the run keeps one
     trainer_state.json                step, arguments, losses so far, position in the stream
@@ -114,6 +115,7 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     model: PreTrainedModel,
+    processor: FeatureExtractionMixin,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     log: Path | None = None,
@@ -127,6 +129,7 @@ def save_checkpoint(
         output_dir: folder of the run.
         step: optimizer steps done.
         model: model, not wrapped.
+        processor: what makes its inputs.
         optimizer: its optimizer; only its tensors are saved, its settings are arguments.
         state: everything else that continuing needs, for JSON.
         log: log of the run so far, copied along.
@@ -142,6 +145,7 @@ def save_checkpoint(
     remove_unfinished(output_dir)
     partial.mkdir(parents=True)
     save_model(model, partial, weights)
+    processor.save_pretrained(partial)
     save_file(moments, partial / OPTIMIZER)
     if averages is not None:
         save_file(averages, partial / AVERAGE)

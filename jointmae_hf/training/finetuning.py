@@ -502,14 +502,22 @@ class FineTuner:
                 "origins": self.origins,
             }
             save_checkpoint(
-                self.output_dir, self.step, self.raw_model, self.raw_optimizer, state, self.output_dir / LOG
+                self.output_dir,
+                self.step,
+                self.raw_model,
+                self._processor(),
+                self.raw_optimizer,
+                state,
+                log=self.output_dir / LOG,
             )
             remove_old_checkpoints(self.output_dir, self.arguments.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _save_model(self, folder: Path):
-        processor = JointMAEPointCloudProcessor.from_config(self.config, num_points=self.num_points)
-        save_model_folder(self.raw_model, processor, folder)
+        save_model_folder(self.raw_model, self._processor(), folder)
+
+    def _processor(self) -> JointMAEPointCloudProcessor:
+        return JointMAEPointCloudProcessor.from_config(self.config, num_points=self.num_points)
 
     def _exit_on_signal(self):
         if self.is_main:

@@ -659,6 +659,7 @@ class PreTrainer:
             self.output_dir,
             progress.step,
             self.raw_model,
+            JointMAEPointCloudProcessor.from_config(self.config),
             self.raw_optimizer,
             state,
             log=self.output_dir / LOG,
