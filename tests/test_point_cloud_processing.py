@@ -428,6 +428,9 @@ def test_files_of_points(processor, tmp_path, name):
         ('"name","x","y","z"', '"bolt, 3 mm #2",{0},{1},{2}'),
         ('"x" "y" "z"', '"7" {0} {1} {2}'),  # R names the rows, without a name above
         ("'x' 'y' 'z' 'c'", "{0} {1} {2} '#ff0000'"),
+        ("Name;X;Y;Z", "bolt;{0};{1},0;{2}"),  # the comma is a decimal point
+        ("id;x [m];y [m];z [m];", "7;{0}.0;{1}.0;{2}.0;"),
+        ('"";"x";"y";"z"', '"7";{0},00;{1};{2}'),
     ],
 )
 def test_the_header_of_a_text_file_tells_the_columns(processor, tmp_path, header, row):
@@ -450,6 +453,9 @@ def test_the_header_of_a_text_file_tells_the_columns(processor, tmp_path, header
             r"header has the 4 names \['id', 'x', 'y', 'z'\], expected one for each of 5 columns",
         ),
         ("id,x,y,z", "1,2,3,", "could not convert string ''"),  # the first row lacks z
+        ("x y z", "1,5 2,5 3,5", "no line with three numbers, written with a point"),
+        ("x;y;z", "1.234,5;2,5;3,5", "no line with three numbers"),
+        ("a;b;c;d", "1,5;2,5;3,5;4", r"columns are named \['a', 'b', 'c', 'd'\], expected x, y and z"),
     ],
 )
 def test_columns_of_a_text_file_are_not_guessed_against_its_header(processor, tmp_path, header, row, message):

@@ -216,9 +216,9 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
                 One cloud or a sequence of clouds, of equal size or not. A cloud is an array, tensor or nested list of
                 shape `(n, 3)` or wider (columns after x, y, z are dropped); a `trimesh` mesh, point cloud or scene; a
                 row of a data set with its cloud under `"points"` or `"mesh"`, decoded or not; or the path of a file:
-                arrays (.npy, .npz), text (.xyz, .txt, .pts, .csv, by whitespace or comma; the columns that a header
-                names x, y and z, else the first three), meshes and clouds read by trimesh (.ply, .obj, .stl, .off,
-                .glb, .gltf). An array or tensor `(b, n, 3)` is a batch.
+                arrays (.npy, .npz), text (.xyz, .txt, .pts, .csv, by whitespace, comma or semicolon; the columns that
+                a header names x, y and z, else the first three), meshes and clouds read by trimesh (.ply, .obj, .stl,
+                .off, .glb, .gltf). An array or tensor `(b, n, 3)` is a batch.
             num_points, sampling, seed, do_normalize, do_project: Replace the attributes of that name for this call.
             view (`int` or `list[int]`, *optional*): View of the depth images, one for all clouds or one for each.
             return_groups (`bool`, defaults to `False`): Whether to return the groups that the model forms.
@@ -554,7 +554,7 @@ def _read_array(source: Path | BytesIO) -> np.ndarray:
 
 def _read_text(text: str) -> np.ndarray:
     """The rows `(n, 3)` after any header. A header that names x, y and z says which columns, else the first three."""
-    originals = text.splitlines()
+    originals = _semicolons_to_commas(text).splitlines()
     lines = list(map(_unquote, originals)) if '"' in text or "'" in text else originals
     header = _TextHeader()
     for start, line in enumerate(lines):
@@ -577,7 +577,17 @@ def _read_text(text: str) -> np.ndarray:
                     )
                 return values
         header.add(line)
-    raise ValueError("no line with three numbers")
+    raise ValueError(
+        "no line with three numbers, written with a point and parted by spaces, tabs, commas or semicolons"
+    )
+
+
+def _semicolons_to_commas(text: str) -> str:
+    """A table parted by semicolons, where a comma stands for the decimal point, as one parted by commas."""
+    tokens = text.rstrip().rpartition("\n")[2].replace(",", ".").split(";")
+    if sum(_are_numbers([token], (0,)) for token in tokens) < 3:
+        return text
+    return text.replace(",", ".").replace(";", ",")
 
 
 def _unquote(line: str) -> str:
