@@ -384,6 +384,13 @@ def test_a_card_knows_results_of_its_weights_before_and_after_they_are_rounded(t
     rounded = result(weights=weights_digest(model.joint_mae))
     folder = build_model_folder(trained, tmp_path / "tiny", results=[rounded], **options)
     assert "results were measured after that" in (folder / "README.md").read_text()
+    # The folder alone knows both, rounded once more or not.
+    for half in (True, False):
+        again = build_model_folder(
+            folder, tmp_path / "again", results=[result(weights=digest)], **options | {"half": half}
+        )
+        assert "results were measured before that" in (again / "README.md").read_text()
+        assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(ResultError, match="measured with other weights"):
         build_model_folder(trained, tmp_path / "tiny", results=[result(weights="0" * 64)], **options)
 

@@ -33,6 +33,10 @@ _CAPTIONS = {
     "it reconstructed",
 }
 
+WEIGHTS = "model.safetensors"
+# Where a file of rounded weights keeps the digests of what they were.
+_ROUNDED_FROM = "rounded_from"
+
 _TEXT = """# {name}
 
 {kind} ([paper](https://arxiv.org/abs/2302.14007), unofficial implementation).
@@ -64,7 +68,7 @@ def build_model_folder(
         output: the new folder; its files are replaced, others stay.
         attach: files to add: licences and attribution, by their names.
         half: whether weights are rounded to float16, half the size; the configuration still has them loaded as it
-            says, float32. Results may have been measured before or after.
+            says, float32. Results may have been measured before or after; the file knows the digests of both.
         card: as for [`model_card`].
 
     Raises:
@@ -91,8 +95,7 @@ def build_model_folder(
         if log.exists():
             draw_losses(log, Path(staging) / "losses.png")
         if half:
-            _round_weights(Path(staging) / "model.safetensors")
-            card["unrounded"] = source
+            _round_weights(Path(staging) / WEIGHTS, _digests(load_model(source)))
         text = str(model_card(staging, **card))
         (Path(staging) / "README.md").write_text(text, encoding="utf-8")
         output.mkdir(parents=True, exist_ok=True)  # not `copytree`, which hands on that only its owner may look inside
@@ -101,11 +104,11 @@ def build_model_folder(
     return output
 
 
-def _round_weights(file: Path):
-    """Rounds the weights of a file to float16."""
+def _round_weights(file: Path, digests: set[str]):
+    """Rounds the weights of a file to float16, and keeps the digests that they had: results may be of those."""
     with safe_open(file, "pt") as weights:
         rounded = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, it is no dict
-        metadata = weights.metadata()
+        metadata = {_ROUNDED_FROM: " ".join(sorted(digests)), **(weights.metadata() or {})}
     for name, tensor in rounded.items():
         if tensor.is_floating_point():
             rounded[name] = tensor.half()
@@ -123,7 +126,6 @@ def model_card(
     notes: str | Path | None = None,
     base_model: str | None = None,
     datasets: list[str] | None = None,
-    unrounded: str | Path | None = None,
 ) -> ModelCard:
     """
     The card of a model: metadata with a `model-index`, use, results, training, how to reproduce, limits.
@@ -138,7 +140,6 @@ def model_card(
         notes: Markdown to add, such as data licences and limits.
         base_model: what the model was fine-tuned from.
         datasets: names on the Hub of the training data, for the metadata.
-        unrounded: folder of the same model before its weights were rounded; results may have been measured with it.
 
     Raises:
         PublishingError: if the folder is no model, or a file of `training` no result of pre-training.
@@ -147,7 +148,9 @@ def model_card(
     folder = Path(folder)
     model = load_model(folder)
     known = _digests(model)
-    before = set() if unrounded is None else _digests(load_model(unrounded)) - known
+    with safe_open(folder / WEIGHTS, "pt") as weights:
+        rounded_from = (weights.metadata() or {}).get(_ROUNDED_FROM)
+    before = set() if rounded_from is None else set(rounded_from.split()) - known
     for result in results:
         _check_weights(result, known | before)
     own = [result for result in results if result.model["initialization"] == "pretrained"]
@@ -164,7 +167,7 @@ def model_card(
         eval_results=[entry for result in comparable for entry in _eval_results(result)] or None,
     )
     parts = [_introduction(model, name, repo_id)]
-    if unrounded is not None:
+    if rounded_from is not None:
         when = "before that" if any(_weights(result) & before for result in own) else "after that"
         parts.append(f"Weights are rounded to float16 and loaded as float32; results were measured {when}.\n")
     pictures = sorted(folder.glob(PICTURES))
