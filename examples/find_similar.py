@@ -4,13 +4,16 @@
     python examples/find_similar.py part.stl my-parts --model org/joint-mae --index my-parts.safetensors
 
 Any file that the processor reads will do, in the folder and below it. Files that cannot be read are named and passed
-over. With `--index` features are kept, also when the run is stopped, and only files that are new or have changed are
-read again.
+over. With `--index` features are kept, also when the run is stopped, and only files that are new or have changed, or
+could not be read, are read again.
 """
 
 import argparse
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,11 +34,17 @@ SUFFIXES = (*ARRAY_SUFFIXES, *TEXT_SUFFIXES, *MESH_SUFFIXES)
 
 
 def list_shapes(folder: Path) -> list[Path]:
-    """All files in and below a folder that may hold a shape, by name; hidden ones are left out."""
+    """All files in and below a folder, links followed, that may hold a shape, by name; hidden ones are left out."""
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` {folder} is no folder.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            paths += [Path(place, name) for name in files if not name.startswith(".")]
+        seen.add(real)
+    paths = sorted(path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise FileNotFoundError(f"`folder` {folder} holds no file with one of the suffixes {', '.join(SUFFIXES)}.")
     return paths
@@ -59,58 +68,81 @@ def embed(model: PreTrainedModel, inputs: list[dict[str, torch.Tensor]]) -> torc
 
 def embed_files(
     model: PreTrainedModel, processor: JointMAEPointCloudProcessor, paths: list[Path], batch_size: int
-) -> Iterator[tuple[list[Path], torch.Tensor]]:
-    """Files that could be read and their features, some at a time."""
+) -> Iterator[tuple[Path, list[int], torch.Tensor]]:
+    """Each file that could be read, its stamp before that, and its features."""
     read, inputs = [], []
-    for path in tqdm(paths, unit="file", leave=False):
+    for number, path in enumerate(tqdm(paths, unit="file", leave=False), 1):
         try:
+            found = (path, stamp(path))
             inputs.append(processor(path))
-            read.append(path)
+            read.append(found)
         except (OSError, ValueError) as error:
-            tqdm.write(f"passed over: {path}: {reason_unreadable(error, path)}", file=sys.stderr)
-        if len(read) == batch_size:
-            yield read, embed(model, inputs)
+            name = str(path).encode(errors="backslashreplace").decode()
+            tqdm.write(f"passed over: {name}: {reason_unreadable(error, path)}", file=sys.stderr)
+        if read and (len(read) == batch_size or number == len(paths)):
+            for (done, stamped), features in zip(read, embed(model, inputs), strict=True):
+                yield done, stamped, features
             read, inputs = [], []
-    if read:
-        yield read, embed(model, inputs)
 
 
 class Index:
-    """Features of files, by path and stamp, of one model and one way to process."""
+    """Features of files, by path and stamp, of one model and one way to process. Without a file it lives in memory."""
 
     def __init__(self, file: Path | None, made_by: dict[str, str]):
         self.file, self.made_by = file, made_by
         self.features: dict[str, tuple[list[int], torch.Tensor]] = {}
-        if file is not None and file.exists():
+        self.saved = time.monotonic()
+        if file is None:
+            return
+        if file.is_dir():
+            raise ValueError(f"`--index` {file} is a folder, expected a file.")
+        if file.exists():
             with safe_open(file, "pt") as stored:
                 metadata = stored.metadata() or {}
-                if "files" not in metadata:
+                if set(stored.keys()) != {"features", "files"}:
                     raise ValueError(f"`--index` {file} is no index of this program; name another file.")
-                if not made_by.items() <= metadata.items():
+                if metadata != made_by:
                     raise ValueError(f"`--index` {file} was made with another model or processor; name another file.")
-                files, rows = json.loads(metadata["files"]), stored.get_tensor("features")
-            self.features = {name: (stamp, row) for (name, stamp), row in zip(files, rows, strict=True)}
+                rows, files = stored.get_tensor("features"), json.loads(bytes(stored.get_tensor("files").tolist()))
+            self.features = {name: (stamped, row) for (name, stamped), row in zip(files, rows, strict=True)}
+        self.save()  # a file that cannot be written is better known now than in the end
 
     def find(self, path: Path) -> torch.Tensor | None:
         """The features of a file as it is now, or `None`."""
-        found = self.features.get(str(path.resolve()))
-        return found[1] if found is not None and found[0] == stamp(path) else None
+        stamped, features = self.features.get(str(path.resolve()), (None, None))
+        return features if stamped is not None and stamped == stamp(path) else None
 
-    def add(self, path: Path, features: torch.Tensor):
-        self.features[str(path.resolve())] = (stamp(path), features)
+    def add(self, path: Path, stamped: list[int], features: torch.Tensor):
+        """Keeps the features of a file; what was added is saved every minute."""
+        self.features[str(path.resolve())] = (stamped, features)
+        if time.monotonic() - self.saved > 60:
+            self.save()
 
     def save(self):
-        if self.file is None or not self.features:
+        self.saved = time.monotonic()
+        if self.file is None:
             return
-        files = [(name, stamp) for name, (stamp, _) in self.features.items()]
-        rows = torch.stack([row for _, row in self.features.values()])
-        metadata = {**self.made_by, "files": json.dumps(files)}
-        replace_file(self.file, lambda partial: save_file({"features": rows}, partial, metadata))
+        files = json.dumps([(name, stamped) for name, (stamped, _) in self.features.items()]).encode()
+        rows = [row for _, row in self.features.values()]
+        tensors = {
+            "features": torch.stack(rows) if rows else torch.empty(0, 0),
+            "files": torch.frombuffer(bytearray(files), dtype=torch.uint8),
+        }
+        replace_file(self.file, lambda partial: save_file(tensors, partial, self.made_by))
 
 
 def similarities(query: torch.Tensor, features: torch.Tensor) -> np.ndarray:
     """Cosine similarity of one shape `(width,)` with others `(n, width)`."""
     return torch.nn.functional.cosine_similarity(query[None], features).numpy()
+
+
+def check_picture(file: Path):
+    """Refuses a picture that could not be drawn in the end."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"`--picture` {file} has the suffix {file.suffix!r}, expected one of {', '.join(known)}.")
 
 
 def draw(processor: JointMAEPointCloudProcessor, shapes: list[tuple[str, Path]], file: Path):
@@ -130,7 +162,8 @@ def draw(processor: JointMAEPointCloudProcessor, shapes: list[tuple[str, Path]],
     for axis, (text, path) in zip(axes.flat, shapes, strict=False):
         color = "#d0721c" if axis is axes[0, 0] else "#2f6f9f"
         scatter_cloud(axis, processor(path)["point_values"][0].numpy(), color)
-        axis.text(0.5, -0.02, text, ha="center", va="top", fontsize=7, transform=axis.transAxes)
+        text = text.encode(errors="backslashreplace").decode()
+        axis.text(0.5, -0.02, text, ha="center", va="top", fontsize=7, transform=axis.transAxes, parse_math=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)
@@ -151,6 +184,8 @@ def main():
             parser.error(f"`--{name}` is {getattr(options, name)}, expected at least 1")
 
     try:
+        if options.picture is not None:
+            check_picture(options.picture)
         paths = list_shapes(options.folder)
         processor = JointMAEPointCloudProcessor.from_pretrained(options.model)
         model = AutoModel.from_pretrained(options.model).eval()
@@ -160,25 +195,29 @@ def main():
         index = Index(options.index, {"weights": weights_digest(model), "processor": settings})
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    gallery = {path: index.find(path) for path in paths}
     try:
-        new = [path for path in paths if index.find(path) is None]
-        for found, features in embed_files(model, processor, new, options.batch_size):
-            for path, row in zip(found, features, strict=True):
-                index.add(path, row)
+        new = [path for path, features in gallery.items() if features is None]
+        for path, stamped, features in embed_files(model, processor, new, options.batch_size):
+            index.add(path, stamped, features)
+            gallery[path] = features
     except ImportError as error:  # trimesh
         parser.error(str(error))
     finally:
         index.save()
 
-    gallery = [path for path in paths if index.find(path) is not None and path.resolve() != options.query.resolve()]
+    itself = options.query.resolve()
+    gallery = {path: each for path, each in gallery.items() if each is not None and path.resolve() != itself}
     if not gallery:
         parser.error(f"`folder` {options.folder} holds no shape beside the query that can be read")
-    likeness = similarities(query, torch.stack([index.find(path) for path in gallery]))
+    likeness, paths = similarities(query, torch.stack(list(gallery.values()))), list(gallery)
     best = np.argsort(-likeness, kind="stable")[: options.top]
     for row in best:
-        print(f"{likeness[row]:.3f}  {gallery[row]}")
+        print(f"{likeness[row]:.3f}  {paths[row]}")
     if options.picture is not None:
-        shown = [(f"{likeness[row]:.3f}\n{gallery[row].relative_to(options.folder)}", gallery[row]) for row in best]
+        shown = [(f"{likeness[row]:.3f}\n{paths[row].relative_to(options.folder)}", paths[row]) for row in best]
         draw(processor, [(options.query.name, options.query), *shown], options.picture)
 
 

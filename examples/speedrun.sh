@@ -20,8 +20,8 @@ VENV=${VENV:-.venv}
 OUTPUT=${OUTPUT:-outputs/speedrun}
 make --no-print-directory "$VENV/.train" VENV="$VENV"
 
-# The first stage of the released models: procedural shapes, the losses of the paper, and agreement of two views. Features
-# are read from three depths of the encoder. `model_cards/build.sh` has the second, turned and noisy views.
+# The recipe of the released models, a third as long: procedural shapes, the losses of the paper, and agreement of two
+# views. Features are read from three depths of the encoder. `model_cards/build.sh` has what else they had.
 COMMON=(--train_data procedural --scale_min 0.8 --scale_max 1.25)
 CONFIG=agreement_loss_weight=5,agreement_of_visible=false,pooling_deviation=true
 case $("$VENV/bin/python" -c "

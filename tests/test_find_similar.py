@@ -4,13 +4,14 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from jointmae_hf import JointMAEConfig, JointMAEModel, JointMAEPointCloudProcessor
 
@@ -62,6 +63,8 @@ def shapes(tmp_path) -> Path:
 
 @pytest.fixture
 def find(model, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
     def run(*arguments, model: Path = model) -> tuple[list[tuple[float, str]], str]:
         monkeypatch.setattr(sys, "argv", ["find_similar.py", *map(str, arguments), "--model", str(model)])
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -121,18 +124,26 @@ def test_what_was_read_before_a_stop_is_kept(find, shapes, tmp_path, monkeypatch
         patch.setattr(JointMAEPointCloudProcessor, "__call__", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             find(query, shapes, "--index", index, "--batch_size", 1)
-    with safe_open(index, "pt") as stored:
-        assert [Path(name).name for name, _ in json.loads(stored.metadata()["files"])] == [
-            "0.npy"
-        ]  # and query, broken
+    files = json.loads(bytes(load_file(index)["files"].tolist()))
+    assert [Path(name).name for name, _ in files] == ["0.npy"]  # the query and what is broken are no part of it
     assert find(query, shapes, "--index", index)[0] == find(query, shapes)[0]
 
 
-def test_a_picture_is_drawn(find, shapes, tmp_path):
+def test_a_picture_is_drawn_whatever_files_are_called(find, shapes, tmp_path):
     pytest.importorskip("matplotlib")
+    (shapes / "rod" / "0.npy").rename(shapes / "rod" / "a$_b$_$^.npy")
+    (shapes / "rod" / "2.npy").rename(shapes / "rod" / os.fsdecode(b"Geh\xe4use.npy"))
     picture = tmp_path / "new" / "similar.png"
-    find(shapes / "rod" / "1.npy", shapes, "--picture", picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    found, _ = find(shapes / "rod" / "1.npy", shapes, "--picture", picture)
+    assert len(found) == 5 and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_folders_that_are_links_are_entered_once(find, shapes, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "shapes").symlink_to(shapes)
+    (shapes / "rod" / "back").symlink_to(tmp_path / "links")
+    found, _ = find(shapes / "rod" / "1.npy", tmp_path / "links")
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize(
@@ -152,6 +163,23 @@ def test_errors_name_what_is_wrong(find, shapes, capsys, query, folder, message)
     with pytest.raises(SystemExit):
         find(shapes / query, shapes / folder)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--index", "broken.xyz/index", "broken.xyz"),
+        ("--index", "rod", "rod is a folder, expected a file"),
+        ("--picture", "similar.what", "has the suffix '.what', expected one of"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before_any_file_is_read(find, shapes, capsys, option, name, message):
+    if option == "--picture":
+        pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        find(shapes / "rod" / "0.npy", shapes, option, shapes / name)
+    errors = capsys.readouterr().err
+    assert message in errors and "passed over" not in errors
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,11 @@ def test_files_of_points(processor, tmp_path, name):
         ("Name;X;Y;Z", "bolt;{0};{1},0;{2}"),  # the comma is a decimal point
         ("id;x [m];y [m];z [m];", "7;{0}.0;{1}.0;{2}.0;"),
         ('"";"x";"y";"z"', '"7";{0},00;{1};{2}'),
+        ('"x";"y";"z"', '"{0}";"{1},0";"{2}"'),
+        ("label,x,y,z", "7;{0};{1};{2}"),
+        ("x,y,z,rgba", "{0},{1},{2},255;0;128;255"),
+        ("name,x,y,z,rgba", "bolt,{0},{1},{2},255;0;128;255"),
+        ("x y z colour", "{0} {1} {2} 255;0;128;255"),
     ],
 )
 def test_the_header_of_a_text_file_tells_the_columns(processor, tmp_path, header, row):
@@ -455,6 +460,7 @@ def test_the_header_of_a_text_file_tells_the_columns(processor, tmp_path, header
         ("id,x,y,z", "1,2,3,", "could not convert string ''"),  # the first row lacks z
         ("x y z", "1,5 2,5 3,5", "no line with three numbers, written with a point"),
         ("x;y;z", "1.234,5;2,5;3,5", "no line with three numbers"),
+        ("x;y;z", "1;2;3\n;;", "could not convert string ''"),  # rows that a table leaves below
         ("a;b;c;d", "1,5;2,5;3,5;4", r"columns are named \['a', 'b', 'c', 'd'\], expected x, y and z"),
     ],
 )

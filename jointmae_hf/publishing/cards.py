@@ -68,7 +68,7 @@ def build_model_folder(
         output: the new folder; its files are replaced, others stay.
         attach: files to add: licences and attribution, by their names.
         half: whether weights are rounded to float16, half the size; the configuration still has them loaded as it
-            says, float32. Results may have been measured before or after; the file knows the digests of both.
+            says, float32. Results may have been measured before or after: the file keeps the digests of before.
         card: as for [`model_card`].
 
     Raises:
@@ -108,13 +108,15 @@ def _round_weights(file: Path, digests: set[str]):
     """Rounds the weights of a file to float16, and keeps the digests that they had: results may be of those."""
     with safe_open(file, "pt") as weights:
         rounded = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, it is no dict
-        metadata = {_ROUNDED_FROM: " ".join(sorted(digests)), **(weights.metadata() or {})}
+        metadata = weights.metadata() or {}
+    if _ROUNDED_FROM in metadata:
+        return
     for name, tensor in rounded.items():
         if tensor.is_floating_point():
             rounded[name] = tensor.half()
             if not rounded[name].isfinite().all():
                 raise PublishingError(f"{file.name} cannot be rounded to float16: {name} is out of its range.")
-    save_file(rounded, file, metadata)
+    save_file(rounded, file, metadata | {_ROUNDED_FROM: " ".join(sorted(digests))})
 
 
 def model_card(

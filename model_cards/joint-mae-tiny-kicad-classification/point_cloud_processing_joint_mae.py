@@ -554,7 +554,9 @@ def _read_array(source: Path | BytesIO) -> np.ndarray:
 
 def _read_text(text: str) -> np.ndarray:
     """The rows `(n, 3)` after any header. A header that names x, y and z says which columns, else the first three."""
-    originals = _semicolons_to_commas(text).splitlines()
+    originals = text.splitlines()
+    if ";" in text:
+        originals = _semicolons_to_commas(originals)
     lines = list(map(_unquote, originals)) if '"' in text or "'" in text else originals
     header = _TextHeader()
     for start, line in enumerate(lines):
@@ -582,12 +584,25 @@ def _read_text(text: str) -> np.ndarray:
     )
 
 
-def _semicolons_to_commas(text: str) -> str:
-    """A table parted by semicolons, where a comma stands for the decimal point, as one parted by commas."""
-    tokens = text.rstrip().rpartition("\n")[2].replace(",", ".").split(";")
-    if sum(_are_numbers([token], (0,)) for token in tokens) < 3:
-        return text
-    return text.replace(",", ".").replace(";", ",")
+def _semicolons_to_commas(lines: list[str]) -> list[str]:
+    """
+    Lines parted by semicolons, where a comma stands for the decimal point, as lines parted by commas.
+
+    The first line with three numbers decides. A line that can be read without has a list in one of its columns.
+    """
+    for line in lines:
+        if _are_numbers(line.split(","), (0, 1, 2)) or _are_numbers(line.split(), (0, 1, 2)):
+            return lines
+        tokens = [token.strip(" \t\"'") for token in line.split(";")]
+        if any(_count_numbers(token.split(",")) > 2 for token in tokens):
+            return lines
+        if _count_numbers([token.replace(",", ".") for token in tokens]) > 2:
+            return [each.replace(",", ".").replace(";", ",") if ";" in each else each for each in lines]
+    return lines
+
+
+def _count_numbers(tokens: list[str]) -> int:
+    return sum(_are_numbers([token], (0,)) for token in tokens)
 
 
 def _unquote(line: str) -> str:
