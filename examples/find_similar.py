@@ -71,7 +71,7 @@ def embed_files(
 ) -> Iterator[tuple[Path, list[int], torch.Tensor]]:
     """Each file that could be read, its stamp before that, and its features."""
     read, inputs = [], []
-    for number, path in enumerate(tqdm(paths, unit="file", leave=False), 1):
+    for number, path in enumerate(tqdm(paths, unit="file", leave=False, disable=not paths), 1):
         try:
             found = (path, stamp(path))
             inputs.append(processor(path))
