@@ -27,10 +27,7 @@ from transformers import AutoModel, PreTrainedModel
 from jointmae_hf import JointMAEPointCloudProcessor
 from jointmae_hf.data.builders.core import reason_unreadable, replace_file
 from jointmae_hf.evaluation.results import weights_digest
-from jointmae_hf.point_cloud_processing_joint_mae import ARRAY_SUFFIXES, MESH_SUFFIXES, TEXT_SUFFIXES
-
-
-SUFFIXES = (*ARRAY_SUFFIXES, *TEXT_SUFFIXES, *MESH_SUFFIXES)
+from jointmae_hf.point_cloud_processing_joint_mae import FILE_SUFFIXES
 
 
 def list_shapes(folder: Path) -> list[Path]:
@@ -44,9 +41,11 @@ def list_shapes(folder: Path) -> list[Path]:
         if real not in seen:
             paths += [Path(place, name) for name in files if not name.startswith(".")]
         seen.add(real)
-    paths = sorted(path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in paths if path.suffix.lower() in FILE_SUFFIXES and path.is_file())
     if not paths:
-        raise FileNotFoundError(f"`folder` {folder} holds no file with one of the suffixes {', '.join(SUFFIXES)}.")
+        raise FileNotFoundError(
+            f"`folder` {folder} holds no file with one of the suffixes {', '.join(FILE_SUFFIXES)}."
+        )
     return paths
 
 

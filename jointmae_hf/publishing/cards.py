@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..evaluation.results import TASKS, ResultError, TaskResult, weights_digest
 from .curves import draw_losses
@@ -33,7 +34,6 @@ _CAPTIONS = {
     "it reconstructed",
 }
 
-WEIGHTS = "model.safetensors"
 # Where a file of rounded weights keeps the digests of what they were.
 _ROUNDED_FROM = "rounded_from"
 
@@ -95,7 +95,7 @@ def build_model_folder(
         if log.exists():
             draw_losses(log, Path(staging) / "losses.png")
         if half:
-            _round_weights(Path(staging) / WEIGHTS, _digests(load_model(source)))
+            _round_weights(Path(staging) / SAFE_WEIGHTS_NAME, _digests(load_model(source)))
         text = str(model_card(staging, **card))
         (Path(staging) / "README.md").write_text(text, encoding="utf-8")
         output.mkdir(parents=True, exist_ok=True)  # not `copytree`, which hands on that only its owner may look inside
@@ -107,10 +107,10 @@ def build_model_folder(
 def _round_weights(file: Path, digests: set[str]):
     """Rounds the weights of a file to float16, and keeps the digests that they had: results may be of those."""
     with safe_open(file, "pt") as weights:
-        rounded = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, it is no dict
         metadata = weights.metadata() or {}
-    if _ROUNDED_FROM in metadata:
-        return
+        if _ROUNDED_FROM in metadata:
+            return
+        rounded = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, it is no dict
     for name, tensor in rounded.items():
         if tensor.is_floating_point():
             rounded[name] = tensor.half()
@@ -150,7 +150,7 @@ def model_card(
     folder = Path(folder)
     model = load_model(folder)
     known = _digests(model)
-    with safe_open(folder / WEIGHTS, "pt") as weights:
+    with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as weights:
         rounded_from = (weights.metadata() or {}).get(_ROUNDED_FROM)
     before = set() if rounded_from is None else set(rounded_from.split()) - known
     for result in results:

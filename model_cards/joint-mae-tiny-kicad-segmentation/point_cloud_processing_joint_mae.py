@@ -44,6 +44,7 @@ SAMPLINGS = ("random", "farthest", "none")
 ARRAY_SUFFIXES = (".npy", ".npz")
 TEXT_SUFFIXES = (".xyz", ".txt", ".pts", ".csv")
 MESH_SUFFIXES = (".ply", ".obj", ".stl", ".off", ".glb", ".gltf")
+FILE_SUFFIXES = (*ARRAY_SUFFIXES, *TEXT_SUFFIXES, *MESH_SUFFIXES)
 # Comments may stand before and after the magic word; ModelNet has files with the counts glued to it: `OFF490 518 0`.
 # Some write it small; `4OFF` and `nOFF` have other coordinates than x, y, z.
 _OFF_HEADER = re.compile(r"(?:\s|#[^\n]*\n)*(?:ST|C|N|st|c)*(?i:OFF)(?:\s|#[^\n]*\n)*(\d+)[ \t]+(\d+)[^\n]*(?:\n|$)")
@@ -515,9 +516,8 @@ def _read_file(source: Path | BytesIO, suffix: str, name: str) -> Any:
     suffix = suffix.lower()
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"{name} is no file.")
-    if suffix not in (*ARRAY_SUFFIXES, *TEXT_SUFFIXES, *MESH_SUFFIXES):
-        known = ", ".join((*ARRAY_SUFFIXES, *TEXT_SUFFIXES, *MESH_SUFFIXES))
-        raise ValueError(f"{name} has the suffix {suffix!r}, expected one of {known}.")
+    if suffix not in FILE_SUFFIXES:
+        raise ValueError(f"{name} has the suffix {suffix!r}, expected one of {', '.join(FILE_SUFFIXES)}.")
     trimesh = _import_trimesh(name) if suffix in MESH_SUFFIXES else None
     try:
         if suffix in ARRAY_SUFFIXES:

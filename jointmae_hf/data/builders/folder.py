@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ...point_cloud_processing_joint_mae import ARRAY_SUFFIXES, MESH_SUFFIXES, TEXT_SUFFIXES
+from ...point_cloud_processing_joint_mae import FILE_SUFFIXES
 from .core import ShapeItem, ShapeSource
 from .reading import read_shape_file, require_folder
 
@@ -27,20 +27,19 @@ def open_folder(root: str | Path, license: str = "unknown") -> ShapeSource:
         ValueError: if the name of a split is one that `datasets` does not take, or two files differ in suffix alone.
     """
     root = require_folder(root)
-    known = (*ARRAY_SUFFIXES, *TEXT_SUFFIXES, *MESH_SUFFIXES)
     # Only the first pattern enters linked folders. A link to nowhere is no folder: it is reported as unreadable.
     found = {*root.glob("*/*/*"), *root.rglob("*")}
     paths = sorted(p for p in found if not p.is_dir() and not any(n[0] == "." for n in p.relative_to(root).parts))
     shapes, ignored = [], Counter()
     for path in paths:
         suffix, in_place = path.suffix.lower(), len(path.relative_to(root).parts) == 3
-        if suffix in known and in_place:
+        if suffix in FILE_SUFFIXES and in_place:
             shapes.append(path)
         else:
-            ignored[f"{suffix} outside `<split>/<class>/`" if suffix in known else suffix] += 1
+            ignored[f"{suffix} outside `<split>/<class>/`" if suffix in FILE_SUFFIXES else suffix] += 1
     if not shapes:
         raise FileNotFoundError(
-            f"{root} holds no `<split>/<class>/<file>` with one of the suffixes {', '.join(known)}."
+            f"{root} holds no `<split>/<class>/<file>` with one of the suffixes {', '.join(FILE_SUFFIXES)}."
         )
     splits = {path.parts[-3] for path in shapes}
     for split in sorted(splits):
