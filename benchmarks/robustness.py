@@ -23,8 +23,8 @@ from jointmae_hf.data.loading import load_point_table
 from jointmae_hf.evaluation import extract_features, linear_svm
 from jointmae_hf.evaluation.results import command_line, weights_digest
 from jointmae_hf.evaluation.tasks import load_encoder
+from jointmae_hf.files import replace_text
 from jointmae_hf.publishing import rewrite_block
-from jointmae_hf.training.checkpoints import replace_file
 from jointmae_hf.training.pretraining import device_name, git_commit, versions
 
 
@@ -143,7 +143,7 @@ def main():
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.table is not None:
         text = arguments.table.read_text(encoding="utf-8")
-        replace_file(arguments.table, rewrite_block(text, "robustness", table(found)))
+        replace_text(arguments.table, rewrite_block(text, "robustness", table(found)))
 
 
 if __name__ == "__main__":

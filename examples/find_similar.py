@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel
 
 from jointmae_hf import JointMAEPointCloudProcessor
-from jointmae_hf.data.builders.core import reason_unreadable, replace_file
+from jointmae_hf.data.builders.core import reason_unreadable
 from jointmae_hf.evaluation.results import weights_digest
+from jointmae_hf.files import replace_file
 from jointmae_hf.point_cloud_processing_joint_mae import FILE_SUFFIXES
 
 

@@ -162,7 +162,7 @@ def train_until_event(arguments: PreTrainingArguments, number: int):
 
         return wrapper
 
-    checkpoints._flush = deadly(checkpoints._flush)
+    checkpoints.flush = deadly(checkpoints.flush)
     checkpoints.save_file = deadly(checkpoints.save_file)
     checkpoints.shutil.rmtree = deadly(checkpoints.shutil.rmtree)
     Path.rename = deadly(Path.rename)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import replace_text
+
 
 SCHEMA = "jointmae_hf/result/1"
 
@@ -207,11 +209,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def write_result(result: TaskResult, path: str | Path):
     """Writes a result file, whole or not at all."""
-    from ..training.checkpoints import replace_file
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps({"schema": SCHEMA, **asdict(result)}, indent=2) + "\n")
+    replace_text(Path(path), json.dumps({"schema": SCHEMA, **asdict(result)}, indent=2) + "\n")
 
 
 def read_result(path: str | Path) -> TaskResult:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from .. import JointMAEConfig, JointMAEModel
 from ..data.labelled import LabelledClouds, load_labelled_splits, stratified_rows, validation_rows
 from ..data.loading import fixed_subsample
+from ..files import replace_text
 from ..training.arguments import _argument
-from ..training.checkpoints import replace_file
 from ..training.pretraining import build_untrained_model, check_processes, config_fields, git_commit, share_cores
 from .features import extract_features
 from .few_shot import draw_fold
@@ -466,9 +466,8 @@ class _FinishedSeeds:
     def add(self, seed: int, run: dict[str, Any], seconds: float):
         """Keeps the run of a seed; `seconds` are those since this process began."""
         self.runs[seed] = run
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         record = {"identity": self.identity, "runs": self.runs, "seconds": self.earlier_seconds + seconds}
-        replace_file(self.path, json.dumps(record))
+        replace_text(self.path, json.dumps(record))
 
     def remove(self):
         self.path.unlink(missing_ok=True)

@@ -69,10 +69,10 @@ def main(arguments: list[str] | None = None):
     content = report_table(options["run"]) if command == "report" else results_table(results, options["headlines"])
     if options.get("commands"):
         content += "\n\n" + commands_table(results)
-    from ..training.checkpoints import replace_file
+    from ..files import replace_text
 
     file = options["file"]
-    replace_file(file, rewrite_block(file.read_text(encoding="utf-8"), options["name"], content))
+    replace_text(file, rewrite_block(file.read_text(encoding="utf-8"), options["name"], content))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from torch import nn
 from transformers import FeatureExtractionMixin, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from ..files import flush
 from .averaging import WeightAverage
 from .sharding import spread_like, whole
 
@@ -157,7 +157,7 @@ def save_checkpoint(
     manifest = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for file in [*files, partial / MANIFEST, partial]:
-        _flush(file)
+        flush(file)
     if path.exists():  # damaged, or later than the one that was resumed from
         replaced = path.with_name(path.name + ".replaced")
         path.rename(replaced)
@@ -165,7 +165,7 @@ def save_checkpoint(
         shutil.rmtree(replaced)
     else:
         partial.rename(path)
-    _flush(output_dir)
+    flush(output_dir)
     return path
 
 
@@ -330,24 +330,6 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def replace_file(file: Path, text: str):
-    """Writes a text file whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    _flush(partial)
-    partial.replace(file)
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path):
-    """Has the operating system write a file, or the entries of a folder, to the disk now."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -56,6 +56,7 @@ from ..evaluation.results import (
     write_result,
 )
 from ..evaluation.segmentation import class_parts, segment_clouds, segmentation_metrics
+from ..files import replace_text
 from .arguments import parse_config_overrides
 from .checkpoints import (
     LOCK,
@@ -67,7 +68,6 @@ from .checkpoints import (
     read_json,
     remove_old_checkpoints,
     remove_unfinished,
-    replace_file,
     save_checkpoint,
     save_model_folder,
 )
@@ -370,7 +370,7 @@ class FineTuner:
         remove_unfinished(self.output_dir)
         if self.checkpoint is not None:
             saved = self.checkpoint / LOG
-            replace_file(self.output_dir / LOG, saved.read_text() if saved.exists() else "")
+            replace_text(self.output_dir / LOG, saved.read_text() if saved.exists() else "")
             logger.info("Resuming from %s.", self.checkpoint)
         else:
             (self.output_dir / LOG).unlink(missing_ok=True)
@@ -565,7 +565,7 @@ class FineTuner:
             "origins": self.origins,
             "identity": self._identity(),
         }
-        replace_file(self.output_dir / _METRICS, json.dumps(record, indent=2) + "\n")
+        replace_text(self.output_dir / _METRICS, json.dumps(record, indent=2) + "\n")
         return record
 
 

@@ -46,6 +46,7 @@ from ..data.augmentation import STEPS, Augmentation, counter_generator
 from ..data.collation import EpochBatches, PreTrainingCollator, StreamBatches
 from ..data.loading import check_column, load_point_clouds, load_point_dataset, load_point_table
 from ..data.mixture import MixedBatches, finish_batch, open_sources, parse_mixture
+from ..files import replace_text
 from .arguments import PreTrainingArguments, build_config
 from .averaging import WeightAverage
 from .checkpoints import (
@@ -62,7 +63,6 @@ from .checkpoints import (
     read_json,
     remove_old_checkpoints,
     remove_unfinished,
-    replace_file,
     save_checkpoint,
     save_model_folder,
     verify_checkpoint,
@@ -443,7 +443,7 @@ class PreTrainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.checkpoint is not None:
             saved = self.checkpoint / LOG
-            replace_file(self.output_dir / LOG, saved.read_text() if saved.exists() else "")
+            replace_text(self.output_dir / LOG, saved.read_text() if saved.exists() else "")
             if self.continues_here:
                 abandon_checkpoints_after(self.checkpoint)
             logger.info("Resuming from %s.", self.checkpoint)
@@ -727,7 +727,7 @@ class PreTrainer:
             "final_losses": progress.last_epoch.mean(),
             "report": self._report(model) if self.evaluates else None,
         }
-        replace_file(self.output_dir / RESULT, dumps(result, indent=2) + "\n")
+        replace_text(self.output_dir / RESULT, dumps(result, indent=2) + "\n")
         logger.info("The model and %s are in %s.\n\n%s\n", RESULT, self.output_dir, summarize(result))
         if arguments.push_to_hub:
             self._push_to_hub()

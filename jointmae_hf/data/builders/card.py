@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files import replace_text
 from ...visualization import scatter_cloud
 from ..loading import clouds_from_arrow
-from .core import BUILD_FILE, BuildReport, ShapeSource, replace_file
+from .core import BUILD_FILE, BuildReport, ShapeSource
 
 
 PART_COLORS = ("#3b4252", "#e0932f", "#d64550", "#49a6c9", "#4f9d69")
@@ -93,7 +94,7 @@ def write_card(source: ShapeSource, report: BuildReport, output: str | Path, com
     shapes = {source.class_names[c]: [_read_shape(tables[first], i) for i in rows] for c, rows in examples.items()}
     draw_contact_sheet(shapes, output / "contact_sheet.png", source.part_names)
     text = CARD.format(**_describe(source, report, tables, labels, command))
-    replace_file(output / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(output / "README.md", text)
 
 
 def choose_examples(labels: np.ndarray, num_classes: int = 20, shapes_per_class: int = 2) -> dict[int, np.ndarray]:

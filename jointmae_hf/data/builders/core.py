@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...files import replace_file, replace_text
 from ..augmentation import subsample
 
 
@@ -404,15 +405,7 @@ def _load_state(folder: Path, settings: dict[str, Any]) -> dict[str, dict]:
 
 def _save_state(folder: Path, settings: dict[str, Any], shards: dict[str, dict]):
     text = json.dumps({"settings": settings, "shards": shards}, indent=1, ensure_ascii=False)
-    replace_file(folder / BUILD_FILE, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]):
-    """Lets `write` make a file beside `path` and moves it there, so that `path` is whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.partial")
-    write(partial_path)
-    os.replace(partial_path, path)
+    replace_text(folder / BUILD_FILE, text + "\n")
 
 
 def _table(rows: list[dict[str, Any]], features: "datasets.Features") -> "datasets.Dataset":
