@@ -335,6 +335,16 @@ def test_a_card_refuses_training_that_ended_with_other_weights(trained, digest, 
     build_model_folder(trained, tmp_path / "card", half=True, **options)
 
 
+def test_rounding_makes_the_same_bytes_every_time(trained, tmp_path):
+    options = {"repo_id": "org/tiny", "license": "mit", "results": [], "half": True}
+    folders = [build_model_folder(trained, tmp_path / str(number), **options) for number in range(6)]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+    folder = build_model_folder(folders[0], tmp_path / "again", **options)
+    assert (folder / "model.safetensors").read_bytes() == (folders[0] / "model.safetensors").read_bytes()
+    model, rounded = (JointMAEForPreTraining.from_pretrained(place).state_dict() for place in (trained, folder))
+    assert all(torch.equal(tensor.half().float(), rounded[name]) for name, tensor in model.items())
+
+
 def test_a_card_is_not_written_over_other_files(trained, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("precious")

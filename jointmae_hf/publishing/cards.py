@@ -117,6 +117,19 @@ def _round_weights(file: Path, digests: set[str]):
             if not rounded[name].isfinite().all():
                 raise PublishingError(f"{file.name} cannot be rounded to float16: {name} is out of its range.")
     save_file(rounded, file, metadata | {_ROUNDED_FROM: " ".join(sorted(digests))})
+    _sort_metadata(file)
+
+
+def _sort_metadata(file: Path):
+    """Orders the metadata of a safetensors file, which its writer leaves to chance: same weights, same bytes."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            stream.seek(8)
+            stream.write(text)
 
 
 def model_card(
