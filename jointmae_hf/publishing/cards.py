@@ -122,14 +122,13 @@ def _round_weights(file: Path, digests: set[str]):
 
 def _sort_metadata(file: Path):
     """Orders the metadata of a safetensors file, which its writer leaves to chance: same weights, same bytes."""
-    with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) == size:
-            stream.seek(8)
-            stream.write(text)
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def model_card(
