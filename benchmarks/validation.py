@@ -9,8 +9,8 @@ The data are an npz of `points` (n, any, 3), `labels`, `group` (shapes never kep
 `points`, `label` and `family` with a train split. There are five folds over the groups of the training split; each is
 predicted from all others, and from a few shapes of them. The protocol is that of `linear_svm`: 3D alone, standardised
 features, C = 0.01. Each model is compared with the same network untrained. `--spoil` also predicts shapes that are
-spoilt in the ways of `robustness.py`, from clean ones. With `--test` the test split is predicted instead: once, for
-what has been chosen.
+spoilt in the ways of `robustness.py`, from clean ones. With `--test` the test split of an npz is predicted instead:
+once, for what has been chosen.
 """
 
 import argparse
@@ -105,6 +105,8 @@ def main():
     parser.add_argument("--config_overrides", help="fields of the configuration to replace, as in pretrain.py")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     arguments = parser.parse_args()
+    if arguments.test and arguments.data.is_dir():
+        parser.error(f"`--data` is the folder {arguments.data}, expected an npz with `--test`.")
 
     results = []
     for name in arguments.models:

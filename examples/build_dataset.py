@@ -82,13 +82,16 @@ def build_tables(args: argparse.Namespace) -> None:
 
 def build_kicad(args: argparse.Namespace) -> None:
     from jointmae_hf.data.kicad import build_kicad_dataset, write_splits
-    from jointmae_hf.data.kicad_card import package_version, write_card
+    from jointmae_hf.data.kicad_card import TITLE, package_version, write_card
 
     doc = args.doc or args.source.parent.parent / "doc" / "kicad-packages3d"
     copyright_file = doc / "copyright" if (doc / "copyright").exists() else None
     if copyright_file is None:
         print("No copyright file: models under the GPL are told by their own headers alone.")
-    parts_folder = args.output / ".parts"
+    parts_folder, readme = args.output / ".parts", args.output / "README.md"
+    is_own = parts_folder.exists() or (readme.exists() and TITLE in readme.read_text(encoding="utf-8"))
+    if not is_own and any((args.output / name).exists() for name in ("README.md", "data")):
+        raise ValueError(f"`output` is {str(args.output)!r}, which holds data of another origin; name a new folder.")
     dataset, report = build_kicad_dataset(
         args.source,
         num_points=args.num_points or 2048,

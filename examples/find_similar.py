@@ -26,7 +26,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from jointmae_hf import JointMAEPointCloudProcessor
 from jointmae_hf.data.builders.core import reason_unreadable
-from jointmae_hf.evaluation.results import weights_digest
+from jointmae_hf.evaluation.results import reading, weights_digest
 from jointmae_hf.files import replace_file
 from jointmae_hf.point_cloud_processing_joint_mae import FILE_SUFFIXES
 
@@ -192,7 +192,9 @@ def main():
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         query = embed(model, [processor(options.query)])[0]
         settings = json.dumps(processor.to_dict(), sort_keys=True)
-        index = Index(options.index, {"weights": weights_digest(model), "processor": settings})
+        how = json.dumps(reading(model.config.to_dict()))
+        made_by = {"weights": weights_digest(model), "reading": how, "processor": settings}
+        index = Index(options.index, made_by)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

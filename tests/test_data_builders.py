@@ -757,6 +757,15 @@ def test_the_command_builds_a_folder_with_its_options(tmp_path, monkeypatch):
     assert "folder --source shapes --output out --dtype float16 --license mit\n" in card
 
 
+def test_kicad_parts_are_not_written_over_another_data_set(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    write(output / "README.md", "# Shapes of somebody")
+    monkeypatch.setattr(sys, "argv", ["build", "kicad", f"--source={tmp_path}", f"--output={output}"])
+    with pytest.raises(ValueError, match="`output` is .* which holds data of another origin"):
+        runpy.run_path(str(COMMAND), run_name="__main__")
+    assert [path.name for path in output.iterdir()] == ["README.md"]
+
+
 # ---- Hub
 
 

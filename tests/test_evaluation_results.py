@@ -10,7 +10,6 @@ import torch
 from test_publishing import result
 
 from jointmae_hf.evaluation.results import (
-    UNKNOWN_ORIGIN,
     ResultError,
     command_line,
     describe,
@@ -138,7 +137,8 @@ def test_a_result_of_several_origins_names_them_all():
     made = provenance([first, second, first], 3.0)
     assert (made["git_commit"], made["device"], made["seconds"]) == ("abc; abc-dirty", "a CPU", 3.0)
     assert made["versions"] == {"torch": "2.1; 2.2", "numpy": "2"}
-    assert provenance([UNKNOWN_ORIGIN, first], 3.0)["git_commit"] == "unknown; abc"
+    outside = {"git_commit": None, "versions": {}, "device": "a CPU"}
+    assert provenance([outside, first], 3.0)["git_commit"] == "unknown; abc"
 
 
 def test_a_commit_is_named_only_of_its_own_clone_and_marked_where_code_was_edited(monkeypatch, tmp_path):

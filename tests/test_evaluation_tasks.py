@@ -26,6 +26,7 @@ from jointmae_hf.evaluation import (
     tasks,
 )
 from jointmae_hf.evaluation.features import map_batches
+from jointmae_hf.evaluation.results import ResultError, weights_digest
 from jointmae_hf.evaluation.segmentation import class_parts
 from jointmae_hf.evaluation.tasks import (
     FewShotArguments,
@@ -36,6 +37,7 @@ from jointmae_hf.evaluation.tasks import (
     evaluate_retrieval,
     load_encoder,
 )
+from jointmae_hf.publishing.tables import check_one_model
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +92,27 @@ def test_results_of_other_measurements_are_not_replaced_unasked(make, monkeypatc
         evaluate_linear_svm(make(output=None, num_points=32))
     evaluate_linear_svm(make(output=None, train_fraction=0.5))
     assert Path("outputs/linear_svm-pretrained-50-percent/result.json").exists()
+
+
+def test_a_model_has_one_digest_whatever_it_was_saved_in(make, pretrained, tmp_path):
+    whole = JointMAEForPreTraining.from_pretrained(pretrained).to(torch.bfloat16)
+    whole.save_pretrained(tmp_path / "half")
+    result = evaluate_linear_svm(make(model_name_or_path=str(tmp_path / "half")))
+    assert result.model["weights"] == weights_digest(whole.float().joint_mae)
+
+
+def test_the_same_weights_with_other_groups_are_another_model(make, monkeypatch, pretrained, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    first = evaluate_linear_svm(make(output=None))
+    assert first.model["reading"]["num_centers"] == [16, 8]
+    other = JointMAEForPreTraining.from_pretrained(pretrained, num_centers=[32, 8])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"holds the result of another measurement \(`reading` is .*16, 8.* there"):
+        evaluate_linear_svm(make(output=None, model_name_or_path=str(tmp_path / "other")))
+    second = evaluate_linear_svm(make(model_name_or_path=str(tmp_path / "other")))
+    assert second.model["weights"] == first.model["weights"]
+    with pytest.raises(ResultError, match="several pre-trained models: .* with other groups or pooled layers"):
+        check_one_model([first, second])
 
 
 def test_untrained_weights_are_those_that_pretraining_starts_from(make, pretrained):
@@ -402,9 +425,10 @@ def test_splits_that_are_the_same_clouds_are_refused(dataset, splits, found):
         load_labelled_splits(dataset, splits)
 
 
-def test_splits_may_share_a_few_clouds(dataset):
+def test_splits_may_share_a_few_clouds_with_a_warning(dataset, caplog):
     train, test = load_labelled_splits(dataset, ("train[:20]", "train[10:]"))
     assert (len(train), len(test)) == (20, 35)
+    assert "share 10 of their 20 and 35 different clouds: these are not held out" in caplog.text
 
 
 def test_no_score_is_measured_on_the_training_split(make, dataset):

@@ -187,6 +187,7 @@ def test_what_cannot_be_written_is_known_before_any_file_is_read(find, shapes, c
     [
         ("weights", "is no index of this program"),
         ("another model", "was made with another model or processor"),
+        ("other groups", "was made with another model or processor"),
         ("another format", "header"),
     ],
 )
@@ -196,6 +197,12 @@ def test_a_file_that_is_no_index_for_this_stays_as_it_is(find, shapes, model, tm
         shutil.copyfile(model / "model.safetensors", file)
     elif kind == "another model":
         find(shapes / "rod" / "0.npy", shapes, "--index", file, model=save_model(tmp_path / "other", seed=1))
+    elif kind == "other groups":
+        other = shutil.copytree(model, tmp_path / "other")
+        config = json.loads((other / "config.json").read_text())
+        config["num_centers"][0] += 1
+        (other / "config.json").write_text(json.dumps(config))
+        find(shapes / "rod" / "0.npy", shapes, "--index", file, model=other)
     else:
         file.write_text("features of my parts")
     before = file.read_bytes()

@@ -27,7 +27,6 @@ from jointmae_hf.data.labelled import load_labelled_splits, stratified_rows, val
 from jointmae_hf.data.loading import fixed_subsample
 from jointmae_hf.evaluation import draw_fold, read_result, read_results
 from jointmae_hf.evaluation.classification import predict_logits
-from jointmae_hf.evaluation.results import UNKNOWN_ORIGIN
 from jointmae_hf.training import finetuning
 from jointmae_hf.training.finetuning import finetune_classification, finetune_segmentation
 from jointmae_hf.training.finetuning_arguments import ClassificationArguments, SegmentationArguments
@@ -244,6 +243,10 @@ def test_a_random_forest_gets_the_shapes_that_a_network_would(make, tmp_path):
     result = finetune_classification(make("forest", baseline="random_forest", model_name_or_path=None, **options))
     tuned = finetune_classification(make("tuned", max_steps=1, **options))
     assert result.split_sizes == tuned.split_sizes and result.task == tuned.task == "classification"
+    most = finetune_classification(
+        make("most", baseline="random_forest", model_name_or_path=None, num_points=500, **options)
+    )
+    assert 64 < most.settings["num_points_used"] < 130
     assert result.model["initialization"] == "random_forest" and result.metrics["accuracy"]["mean"] > 80
     assert read_result(tmp_path / "forest" / "result.json") == result
 
@@ -302,7 +305,29 @@ def test_a_killed_run_resumes_to_the_same_weights(make, monkeypatch, tmp_path, k
     assert resumed.metrics == whole.metrics
     for folder in ("seed-0", "seed-0/best"):
         assert same(tmp_path / "whole" / folder, tmp_path / "killed" / folder)
+    assert not list((tmp_path / "killed" / "seed-0").glob("best-*"))
     assert log(tmp_path / "whole" / "seed-0") == log(tmp_path / "killed" / "seed-0")
+
+
+def test_the_best_model_is_that_of_the_checkpoint_that_a_run_goes_on_from(make, monkeypatch, tmp_path):
+    values = iter([50.0, 90.0, 40.0, 40.0, 40.0, 40.0])
+    monkeypatch.setattr(finetuning.ClassificationTuner, "measure", lambda *_: {"accuracy": next(values)})
+    original = finetuning.FineTuner._save
+
+    def die(tuner):
+        if tuner.step == 2:
+            raise KeyboardInterrupt
+        return original(tuner)
+
+    options = {"max_steps": 3, "eval_epochs": 0.1, "save_steps": 1, "save_total_limit": None}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetuning.FineTuner, "_save", die)
+        finetune_classification(make("run", **options))
+    folder = tmp_path / "run" / "seed-0"
+    assert {path.name for path in folder.glob("best-*")} == {"best-1", "best-2"}
+    result = finetune_classification(make("run", resume_from_checkpoint="latest", **options))
+    assert result.settings["best_steps"] == [1] and same(folder / "best", folder / "checkpoint-1")
+    assert not list(folder.glob("best-*"))
 
 
 def test_a_frozen_encoder_resumes_too(make, tmp_path):
@@ -364,7 +389,7 @@ def test_seeds_that_are_done_are_not_repeated(make, monkeypatch, tmp_path):
 def test_a_result_of_resumed_seeds_says_who_made_each(make, monkeypatch, tmp_path):
     options = {"max_steps": 2, "validation_fraction": 0.0}
     for commit, seeds in (("first", [0]), ("second", [0, 1])):
-        made_by = UNKNOWN_ORIGIN | {"git_commit": commit}
+        made_by = {"git_commit": commit, "versions": {}, "device": "a CPU"}
         monkeypatch.setattr(finetuning, "origin", lambda device, made_by=made_by: made_by)
         result = finetune_classification(make("run", seeds=seeds, resume_from_checkpoint="latest", **options))
     records = [json.loads((tmp_path / "run" / f"seed-{seed}" / "metrics.json").read_text()) for seed in (0, 1)]

@@ -69,20 +69,20 @@ def one_thread_and_no_accelerator():
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> str:
-    """40 boxes and ellipsoids of unequal size."""
+    """40 boxes and ellipsoids of unequal size, and eight more to test on."""
     generator = np.random.default_rng(0)
     clouds = []
-    for _ in range(40):
+    for _ in range(48):
         cloud = generator.normal(size=(int(generator.integers(60, 130)), 3))
         cloud /= np.linalg.norm(cloud, axis=1, keepdims=True)
         clouds.append((cloud * generator.uniform(0.3, 1, 3)).astype(np.float32))
     features = datasets.Features(
         {"points": datasets.Array2D((None, 3), "float32"), "label": datasets.ClassLabel(names=["a", "b"])}
     )
-    rows = datasets.Dataset.from_dict({"points": clouds, "label": [0, 1] * 20}, features=features)
+    rows = datasets.Dataset.from_dict({"points": clouds, "label": [0, 1] * 24}, features=features)
     folder = tmp_path_factory.mktemp("data")
-    rows.to_parquet(folder / "train.parquet")
-    rows.select(range(8)).to_parquet(folder / "test.parquet")
+    rows.select(range(40)).to_parquet(folder / "train.parquet")
+    rows.select(range(40, 48)).to_parquet(folder / "test.parquet")
     return str(folder)
 
 
@@ -280,6 +280,9 @@ def test_what_comes_after_the_checkpoint_that_is_resumed_from_is_put_aside(make)
     PreTrainer(resumed)._prepare_output_dir()
     assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["checkpoint-1"]
     assert sorted(path.name[:20] for path in folder.glob("abandoned-*")) == ["abandoned-checkpoint"] * 3
+    # They may be gone on from under their new names.
+    again = make("run", **common, resume_from_checkpoint=str(folder / "abandoned-checkpoint-3"))
+    assert pretrain(again)["steps"] == 4 and [record["step"] for record in log(folder)] == [1, 2, 4]
 
 
 def train_sharded_in_child(arguments: PreTrainingArguments, environment: dict[str, str]):
@@ -581,6 +584,43 @@ def test_evaluation_gets_the_model_an_untrained_one_and_both_splits(make, monkey
     start = build_untrained_model(build_config(arguments), 3).state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in untrained.state_dict().items())
     assert any(not torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_report_that_fails_leaves_the_result_of_the_training(make, monkeypatch):
+    monkeypatch.setattr("jointmae_hf.evaluation.pretraining_report", lambda *_: 1 / 0)
+    arguments = make("run", evaluate=True, max_steps=2)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(arguments)
+    result = json.loads((Path(arguments.output_dir) / "result.json").read_text())
+    assert result["steps"] == 2 and result["report"] is None
+
+
+def test_shapes_of_one_class_are_reported_without_a_classifier(make, dataset, tmp_path):
+    folder = tmp_path / "shapes"
+    for split in ("train", "test"):
+        rows = datasets.load_dataset(dataset, split=split).filter(lambda row: row["label"] == 1)
+        rows.to_parquet(folder / f"{split}.parquet")
+    report = pretrain(make("run", dataset=str(folder), evaluate=True, max_steps=1))["report"]
+    assert report["reconstruction"]["shapes"] == 4 and "linear_svm" not in report
+
+
+def test_held_out_shapes_are_not_those_of_the_training(make, caplog):
+    for splits in ({"split": "train+test"}, {"eval_split": "train[:20%]"}):
+        with pytest.raises(ValueError, match="`eval_split` cannot .* share 8 of their 4. and 8 different clouds"):
+            pretrain(make("run", evaluate=True, **splits))
+    PreTrainer(make("run", evaluate=True, eval_split="train[:2]+test"))
+    assert "share 2 of their 40 and 10 different clouds: these are not held out" in caplog.text
+
+
+def test_weights_that_the_source_lacks_are_decided_by_the_seed(make, tmp_path):
+    pretrain(make("source", max_steps=1))
+    encoder = JointMAEForPreTraining.from_pretrained(make("source").output_dir).joint_mae
+    encoder.save_pretrained(tmp_path / "encoder")
+    common = {"model_name_or_path": str(tmp_path / "encoder"), "config_overrides": None}
+    first, again, other = (PreTrainer(make(f"run{n}", **common, seed=n % 2)).raw_model for n in (0, 2, 1))
+    decoders = [model.decoder.state_dict() for model in (first, again, other)]
+    assert all(torch.equal(decoders[0][name], decoders[1][name]) for name in decoders[0])
+    assert any(not torch.equal(decoders[0][name], decoders[2][name]) for name in decoders[0])
 
 
 def test_the_model_and_its_result_are_uploaded_but_no_checkpoints(make, monkeypatch):

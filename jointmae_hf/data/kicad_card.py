@@ -14,6 +14,7 @@ from .builders.card import choose_examples, draw_contact_sheet, fingerprint
 from .kicad import PART_NAMES, KicadReport
 
 
+TITLE = "# KiCad parts"
 CARD = """---
 license: cc-by-sa-4.0
 pretty_name: KiCad parts
@@ -39,7 +40,7 @@ configs:
     path: data/test-*.parquet
 ---
 
-# KiCad parts
+{title}
 
 {num_shapes:,} electronic components from KiCad's 3D library in {num_classes} classes, each a cloud of {num_points:,}
 points sampled from its surface, every point labelled with the part of the component it lies on.
@@ -152,7 +153,7 @@ def write_card(
     draw_contact_sheet(shapes, folder / "contact_sheet.png", PART_NAMES)
     facts = describe(dataset, report, command, source)
     facts["fingerprint"] = fingerprint(folder / "data" / f"{split}-00000-of-00001.parquet" for split in dataset)
-    (folder / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
+    (folder / "README.md").write_text(CARD.format(title=TITLE, **facts), encoding="utf-8")
     (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(**facts), encoding="utf-8")
 
 

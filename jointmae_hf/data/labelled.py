@@ -2,13 +2,12 @@
 
 import zlib
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from .augmentation import counter_generator
-from .loading import PointClouds, load_point_clouds, load_point_dataset, read_labels
+from .loading import PointClouds, check_disjoint, load_point_clouds, load_point_dataset, read_labels
 
 
 # Purpose of random numbers: which shapes of a class a part of a split takes.
@@ -96,7 +95,7 @@ def load_labelled_splits(
         )
         for split in splits
     ]
-    _check_disjoint(splits, loaded)
+    check_disjoint([(split, part.clouds.checksums()) for split, part in zip(splits, loaded, strict=True)])
     for key in ("class_names", "part_names"):
         named = [getattr(part, key) for part in loaded]
         if any(names is not None for names in named) and any(names != named[0] for names in named):
@@ -176,18 +175,6 @@ def _load_split(
     if part_column is not None:
         part_labels, part_names = _read_parts(rows, split, part_column, np.diff(clouds.offsets))
     return LabelledClouds(clouds, labels, class_names, part_labels, part_names)
-
-
-def _check_disjoint(splits: tuple[str, ...], loaded: list[LabelledClouds]):
-    """Refuses splits of the same clouds. Official splits of some data sets have a few in common: those may stay."""
-    checksums = [{zlib.crc32(part.clouds[index]) for index in range(len(part))} for part in loaded]
-    for (first, ours), (second, others) in combinations(zip(splits, checksums, strict=True), 2):
-        shared = len(ours & others)
-        if 2 * shared > min(len(ours), len(others)):
-            raise ValueError(
-                f"splits {first!r} and {second!r} share {shared} of their {len(ours)} and {len(others)} different "
-                "clouds, expected splits that share a few at most."
-            )
 
 
 def _read_parts(rows: Any, split: str, column: str, sizes: np.ndarray) -> tuple[np.ndarray, list[str] | None]:

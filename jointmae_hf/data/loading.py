@@ -5,10 +5,12 @@ to end in one array, in the precision they were stored in; nothing is copied row
 """
 
 import glob
+import logging
 import re
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from .augmentation import FIXED_SUBSAMPLE, counter_generator, normalize_clouds, 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 256
 
@@ -48,6 +52,10 @@ class PointClouds:
         """Points of the largest cloud."""
         return int(np.diff(self.offsets).max())
 
+    def checksums(self) -> set[int]:
+        """A checksum of each cloud, by which it is known in another split."""
+        return {zlib.crc32(np.ascontiguousarray(self[index])) for index in range(len(self))}
+
     def fingerprint(self) -> dict[str, int]:
         """Tells data sets apart by content, wherever they lie."""
         checksum = zlib.crc32(np.ascontiguousarray(self.values), zlib.crc32(self.offsets))
@@ -63,11 +71,13 @@ class PointTable:
         points: float32 `(clouds, num_points, 3)`, centred on the mean, in the unit sphere, not augmented.
         labels: int64 `(clouds,)`, or `None` when the data set has none.
         class_names: names of the classes, or `None` when the labels are bare integers.
+        checksums: those of the clouds as they were read, for [`check_disjoint`].
     """
 
     points: np.ndarray
     labels: np.ndarray | None
     class_names: list[str] | None
+    checksums: set[int] = field(default_factory=set)
 
 
 def load_point_dataset(
@@ -186,7 +196,28 @@ def load_point_table(
     labels = class_names = None
     if label_column in rows.column_names:
         labels, class_names = read_labels(rows, label_column)
-    return PointTable(fixed_subsample(clouds, num_points, seed), labels, class_names)
+    return PointTable(fixed_subsample(clouds, num_points, seed), labels, class_names, clouds.checksums())
+
+
+def check_disjoint(splits: list[tuple[str, set[int]]]):
+    """
+    Refuses splits of the same clouds. Official splits of some data sets have a few in common: those may stay, with a
+    warning.
+
+    Args:
+        splits: the name of each, and the checksums of its clouds.
+
+    Raises:
+        ValueError: if two splits share more than half of the clouds of the smaller one.
+    """
+    for (first, ours), (second, others) in combinations(splits, 2):
+        shared = len(ours & others)
+        sizes = f"{len(ours):,} and {len(others):,} different clouds"
+        found = f"splits {first!r} and {second!r} share {shared:,} of their {sizes}"
+        if 2 * shared > min(len(ours), len(others)):
+            raise ValueError(f"{found}, expected splits that share a few at most.")
+        if shared:
+            logger.warning("%s: these are not held out.", found[0].upper() + found[1:])
 
 
 def fixed_subsample(clouds: PointClouds, num_points: int, seed: int = 0) -> np.ndarray:

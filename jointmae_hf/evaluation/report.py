@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.loading import PointTable
 from ..modeling_joint_mae import JointMAEForPreTraining
 from ..visualization import draw_reconstructions
@@ -21,6 +23,8 @@ def pretraining_report(
 ) -> dict[str, Any]:
     """
     Held-out reconstruction with and without the encoder's output, a linear SVM, also untrained, and a picture.
+
+    There is no SVM where shapes have no labels, or those of the training split are of one class.
 
     The headline accuracy is that of the final normalised tokens, decided beforehand; those of other layers are listed
     for diagnosis only.
@@ -46,7 +50,7 @@ def pretraining_report(
             "ratio": {name: losses[name] / averaged[name] for name in losses if averaged[name] > 0},
         }
     }
-    if train.labels is not None and test.labels is not None:
+    if train.labels is not None and test.labels is not None and len(np.unique(train.labels)) > 1:
         report["linear_svm"] = {
             "protocol": "frozen encoder, 3D alone, standardised features, SVC(kernel='linear', C=0.01), last step",
             "train_shapes": len(train.points),

@@ -36,8 +36,8 @@ TASKS = {
 }
 # Where the weights came from before the task began.
 INITIALIZATIONS = ("pretrained", "untrained", "from_scratch", "random_forest")
-# What `origin` would say of a part of a result that was kept without it.
-UNKNOWN_ORIGIN = {"git_commit": None, "versions": {}, "device": "unknown"}
+# Fields of the configuration that weights do not depend on, and features do.
+_READING = ("num_centers", "num_neighbors", "pooling_layers", "pooling_deviation")
 # Arguments that say what to do with an earlier run, and nothing about the result.
 _RESUMING = ("resume_from_checkpoint", "overwrite_output_dir")
 
@@ -54,8 +54,8 @@ class TaskResult:
     Args:
         task: one of `TASKS`.
         model: `name`, `initialization` (one of `INITIALIZATIONS`), `parameters` (how many are used) and `weights`
-            (digest of the encoder before the task, `None` where each seed has its own); after fine-tuning also
-            `final_weights`: digests of the last models, one for each seed.
+            (digest of the encoder before the task, `None` where each seed has its own); of a network also `reading`,
+            see [`reading`]; after fine-tuning also `final_weights`: digests of the last models, one for each seed.
         dataset: `name`, `config_name` and `splits`: the fingerprint of each split that was read.
         split_sizes: shapes used of each part, and `classes`.
         seeds: one for each value of a metric.
@@ -191,6 +191,11 @@ def command_line() -> str:
         if not skips:
             words.append(word)
     return shlex.join(words)
+
+
+def reading(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the features of a cloud beside the weights: groups, and what is pooled."""
+    return {name: config[name] for name in _READING}
 
 
 def weights_digest(model: nn.Module) -> str:

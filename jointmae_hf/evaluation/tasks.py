@@ -29,7 +29,16 @@ from .features import extract_features
 from .few_shot import draw_fold
 from .histograms import random_forest, shape_histograms
 from .linear_svm import accuracies, linear_svm, standardize
-from .results import TaskResult, origin, provenance, read_result, summarize_runs, weights_digest, write_result
+from .results import (
+    TaskResult,
+    origin,
+    provenance,
+    read_result,
+    reading,
+    summarize_runs,
+    weights_digest,
+    write_result,
+)
 from .retrieval import retrieval_metrics
 
 
@@ -342,7 +351,8 @@ class _FrozenTask:
         output = Path("outputs") / "-".join(parts) / "result.json"
         if output.exists():
             found = read_result(output)
-            values = {key: (found.model[key], model[key]) for key in ("weights", "parameters")}
+            values = {key: (found.model[key], value) for key, value in model.items() if key in found.model}
+            del values["name"]
             values["dataset.splits"] = (found.dataset["splits"], json.loads(json.dumps(self._fingerprints())))
             for key, value in asdict(arguments).items():
                 if key in found.settings and key not in _NEUTRAL:
@@ -403,6 +413,7 @@ class _FrozenTask:
             "initialization": "untrained" if arguments.untrained else "pretrained",
             "parameters": encoder_parameters(encoder),
             "weights": None if arguments.untrained else weights_digest(encoder),
+            "reading": reading(config_fields(encoder.config)),
         }
 
     def _fingerprints(self) -> dict[str, dict[str, int]]:
@@ -486,7 +497,8 @@ def load_encoder(
         preset: size of an untrained network if no model is named.
     """
     if not untrained:
-        return JointMAEModel.from_pretrained(model_name_or_path).eval()
+        # In float32, whatever it was saved in, as fine-tuning does: one model, one digest.
+        return JointMAEModel.from_pretrained(model_name_or_path, dtype=torch.float32).eval()
     named = model_name_or_path is not None
     config = JointMAEConfig.from_pretrained(model_name_or_path) if named else JointMAEConfig.from_preset(preset)
     return build_untrained_model(config, seed).joint_mae.eval()

@@ -90,7 +90,7 @@ def check_model_folder(folder: str | Path, repo_id: str | None = None):
 
 def load_model(folder: str | Path) -> PreTrainedModel:
     """
-    The model of a folder, in evaluation mode, by the class that its configuration names.
+    The model of a folder, in evaluation mode and float32, by the class that its configuration names.
 
     Raises:
         PublishingError: if it is no Joint-MAE model, or its weights are damaged or not those of the configuration.
@@ -98,7 +98,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     folder = Path(folder)
     model_class = getattr(jointmae_hf, _architecture(folder))
     with _explained(f"{folder} cannot be loaded"):
-        return _load(model_class, folder)
+        return _load(model_class, folder, dtype=torch.float32)
 
 
 def publish_folder(folder: str | Path, repo_id: str, private: bool = True, revision: str | None = None) -> str:

@@ -111,18 +111,20 @@ def check_comparable(results: list[TaskResult], any_share: bool = False):
 
 def check_one_model(results: list[TaskResult]):
     """
-    Refuses pre-trained networks of different weights, whose results would stand in one column.
+    Refuses pre-trained networks of different weights, or that read clouds differently: they would stand in one column.
 
     Raises:
         ResultError: naming the commands of two of them.
     """
-    pretrained = [result for result in results if result.model["initialization"] == "pretrained"]
-    for result in pretrained:
-        if result.model["weights"] != pretrained[0].model["weights"]:
-            raise ResultError(
-                f"`results` are of several pre-trained models: {result.model['name']} in that of `{result.command}`, "
-                f"but {pretrained[0].model['name']} in that of `{pretrained[0].command}`, with other weights."
-            )
+    first: dict[str, TaskResult] = {}
+    for result in (result for result in results if result.model["initialization"] == "pretrained"):
+        for key, what in (("weights", "other weights"), ("reading", "other groups or pooled layers")):
+            if key in result.model and result.model[key] != first.setdefault(key, result).model[key]:
+                other = first[key]
+                raise ResultError(
+                    f"`results` are of several pre-trained models: {result.model['name']} in that of "
+                    f"`{result.command}`, but {other.model['name']} in that of `{other.command}`, with {what}."
+                )
 
 
 def _conditions(result: TaskResult, any_share: bool) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _conditions(result: TaskResult, any_share: bool) -> dict[str, Any]:
     is_network = result.model["initialization"] != "random_forest"
     if is_network:
         names += ("C", *_TUNING)
-        found["model.parameters"] = result.model["parameters"]
+        found |= {f"model.{key}": result.model[key] for key in ("parameters", "reading") if key in result.model}
     if result.task == "few_shot":
         found["seeds"] = result.seeds  # each is another draw of classes and shapes
     if not any_share:

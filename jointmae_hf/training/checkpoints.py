@@ -217,14 +217,14 @@ def remove_old_checkpoints(output_dir: Path, keep: int | None):
             shutil.rmtree(replaced)
 
 
-def abandon_checkpoints_after(checkpoint: Path):
+def abandon_checkpoints_after(checkpoint: Path, step: int):
     """
-    Renames checkpoints of later steps than the one that a run goes on from.
+    Renames checkpoints of later steps than `step`, that of the one that a run goes on from.
 
     They are of another continuation, but would be the newest: to resume from and to keep.
     """
     for path in list_checkpoints(checkpoint.parent):
-        if checkpoint_step(path) > checkpoint_step(checkpoint):
+        if checkpoint_step(path) > step:
             abandoned = path.with_name(f"abandoned-{path.name}")
             if abandoned.exists():
                 shutil.rmtree(abandoned)

@@ -47,10 +47,10 @@ from ..evaluation.linear_svm import accuracies
 from ..evaluation.part_forest import NUM_TREES, POINTS_OF_A_SHAPE, PartForest
 from ..evaluation.results import (
     TASKS,
-    UNKNOWN_ORIGIN,
     TaskResult,
     origin,
     provenance,
+    reading,
     summarize_runs,
     weights_digest,
     write_result,
@@ -230,6 +230,11 @@ class FineTuner:
 
     # ---- Preparation
 
+    @cached_property
+    def num_points(self) -> int:
+        """Points of a cloud that the network is given."""
+        return min(self.arguments.num_points, self.all_train.clouds.largest_size)
+
     def _split(self, train: LabelledClouds, test: LabelledClouds):
         arguments = self.arguments
         self.all_train, self.test = train, test
@@ -314,8 +319,7 @@ class FineTuner:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.since_log = LossMeter(**state["since_log"])
-        earlier = state.get("origins", [UNKNOWN_ORIGIN])
-        self.origins = earlier + [own for own in self.origins if own not in earlier]
+        self.origins = state["origins"] + [own for own in self.origins if own not in state["origins"]]
 
     def _check_same_run(self, name: Path, state: dict[str, Any]):
         """Raises `ValueError`, naming the argument, if a state is of a run that learned something else."""
@@ -485,7 +489,7 @@ class FineTuner:
             value = metrics[TASKS[self.task]]
             if self.best is None or value > self.best["value"]:
                 self.best = {"step": self.step, "value": value}
-                self._save_model(self.output_dir / BEST)
+                self._save_model(self._best_folder())
             self._train_mode()
         self.accelerator.wait_for_everyone()
 
@@ -511,7 +515,18 @@ class FineTuner:
                 log=self.output_dir / LOG,
             )
             remove_old_checkpoints(self.output_dir, self.arguments.save_total_limit)
+            self._keep_best()
         self.accelerator.wait_for_everyone()
+
+    def _best_folder(self) -> Path:
+        """Named by its step until the end, so that a run that goes on from a checkpoint finds the best of that."""
+        return self.output_dir / f"{BEST}-{self.best['step']}"
+
+    def _keep_best(self):
+        """Removes the models that were the best before, or would have been of steps that were lost."""
+        for folder in self.output_dir.glob(f"{BEST}-*"):
+            if self.best is None or folder != self._best_folder():
+                shutil.rmtree(folder)
 
     def _save_model(self, folder: Path):
         save_model_folder(self.raw_model, self._processor(), folder)
@@ -542,7 +557,12 @@ class FineTuner:
         if self.best is not None:
             suffix = "_chosen_on_test" if self.arguments.choose_on_test else "_best_on_validation"
             last = {name: tensor.clone() for name, tensor in self.raw_model.state_dict().items()}
-            best = self.model_class.from_pretrained(self.output_dir / BEST)
+            folder = self.output_dir / BEST
+            if self._best_folder().exists():  # else this is not the first time that these steps come to their end
+                if folder.exists():
+                    shutil.rmtree(folder)
+                self._best_folder().rename(folder)
+            best = self.model_class.from_pretrained(folder)
             self.raw_model.load_state_dict(best.state_dict())
             metrics[TASKS[self.task] + suffix] = self.measure(self.test)[TASKS[self.task]]
             self.raw_model.load_state_dict(last)
@@ -575,10 +595,6 @@ class ClassificationTuner(FineTuner):
     task = "classification"
     model_class = JointMAEForPointCloudClassification
 
-    @cached_property
-    def num_points(self) -> int:
-        return min(self.arguments.num_points, self.all_train.clouds.largest_size)
-
     def build_config(self) -> JointMAEConfig:
         names = dict(enumerate(self.all_train.class_names))
         depths = {"linear": 1, "mlp": JointMAEConfig().classifier_num_layers}
@@ -606,10 +622,6 @@ class SegmentationTuner(FineTuner):
 
     task = "part_segmentation"
     model_class = JointMAEForPartSegmentation
-
-    @cached_property
-    def num_points(self) -> int:
-        return min(self.arguments.num_points, self.all_train.clouds.largest_size)
 
     def build_config(self) -> JointMAEConfig:
         names = dict(enumerate(self.all_train.part_names))
@@ -725,7 +737,7 @@ def _run_seeds(
         },
         chosen_on_test=arguments.choose_on_test,
         **provenance(
-            [each for run in runs for each in run.get("origins", [UNKNOWN_ORIGIN])],
+            [each for run in runs for each in run["origins"]],
             sum(run["seconds"] + run.get("seconds_of_evaluation", 0.0) for run in runs),
         ),
     )
@@ -760,7 +772,7 @@ def _run_forest(
     if isinstance(arguments, SegmentationArguments):
         metrics, num_points = _segment_by_forest(arguments, seed, learned, train, test, show_progress)
     else:
-        num_points = arguments.num_points
+        num_points = min(arguments.num_points, train.clouds.largest_size)
         features = [shape_histograms(fixed_subsample(part.clouds, num_points, seed), seed) for part in (learned, test)]
         metrics = accuracies(random_forest(features[0], learned.labels, features[1], seed), test.labels)
     return {
@@ -805,6 +817,7 @@ def _describe_model(arguments: FineTuningArguments, runs: list[dict[str, Any]]) 
         "initialization": scratch if arguments.from_scratch else "pretrained",
         "parameters": runs[0]["parameters"],
         "weights": None if arguments.from_scratch else runs[0]["initial_weights"],
+        "reading": reading(runs[0]["identity"]["config"]),
         "final_weights": [run["final_weights"] for run in runs],
     }
 

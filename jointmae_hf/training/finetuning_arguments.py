@@ -8,10 +8,6 @@ from ..data.augmentation import Augmentation
 from .arguments import _argument, parse_config_overrides
 
 
-# Two recipes that the literature mixes up: a number means little without the name of its recipe.
-RECIPES = ("scale_translate", "rotate", "none")
-
-
 @dataclass
 class FineTuningArguments:
     """

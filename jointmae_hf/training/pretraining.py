@@ -44,7 +44,14 @@ from transformers import PreTrainedConfig
 from .. import JointMAEConfig, JointMAEForPreTraining, JointMAEPointCloudProcessor
 from ..data.augmentation import STEPS, Augmentation, counter_generator
 from ..data.collation import EpochBatches, PreTrainingCollator, StreamBatches
-from ..data.loading import check_column, load_point_clouds, load_point_dataset, load_point_table
+from ..data.loading import (
+    PointTable,
+    check_column,
+    check_disjoint,
+    load_point_clouds,
+    load_point_dataset,
+    load_point_table,
+)
 from ..data.mixture import MixedBatches, finish_batch, open_sources, parse_mixture
 from ..files import replace_text
 from .arguments import PreTrainingArguments, build_config
@@ -185,8 +192,9 @@ class PreTrainer:
         self.evaluates = arguments.evaluate and arguments.dataset is not None and not arguments.streaming
         if arguments.evaluate and not self.evaluates:
             logger.warning("Without `dataset`, or with a stream, there is nothing to evaluate on: no report.")
-        if self.evaluates:
-            from ..evaluation import pretraining_report  # noqa: F401  fail before training, not after
+        if self.evaluates:  # what the report needs is better missed now than in the end
+            import matplotlib.pyplot  # noqa: F401
+            import sklearn.svm  # noqa: F401
 
         self.config = build_config(arguments)
         self.accelerator = self._build_accelerator()
@@ -299,12 +307,7 @@ class PreTrainer:
         self.warmup_steps = round(arguments.warmup_ratio * self.total_steps)
         self.final_steps = self.steps_per_epoch or _FINAL_STEPS_OF_STREAM
         if self.evaluates and self.is_main:
-            try:
-                self.test_table = self._load_table(arguments.eval_split)
-            except ValueError as error:
-                raise ValueError(
-                    f"`eval_split` cannot be used for the report: {error} --no_evaluate trains without one."
-                ) from error
+            self.report_tables = self._load_report_tables()
 
     def _load_mixture(self, collator: PreTrainingCollator):
         arguments = self.arguments
@@ -349,20 +352,31 @@ class PreTrainer:
         check_column(dataset, arguments.points_column)
         return dataset
 
-    def _load_table(self, split: str):
-        arguments = self.arguments
-        return load_point_table(
-            arguments.dataset,
-            split,
-            arguments.points_column,
-            arguments.label_column,
-            self.config.num_points,
-            arguments.seed,
-            arguments.dataset_config_name,
-        )
+    def _load_report_tables(self) -> list[PointTable]:
+        """Shapes of the training split and of the held-out one."""
+        arguments, tables = self.arguments, []
+        for name in ("split", "eval_split"):
+            try:
+                table = load_point_table(
+                    arguments.dataset,
+                    getattr(arguments, name),
+                    arguments.points_column,
+                    arguments.label_column,
+                    self.config.num_points,
+                    arguments.seed,
+                    arguments.dataset_config_name,
+                )
+                tables.append((getattr(arguments, name), table))
+                check_disjoint([(split, table.checksums) for split, table in tables])
+            except ValueError as error:
+                raise ValueError(
+                    f"`{name}` cannot be used for the report: {error} --no_evaluate trains without one."
+                ) from error
+        return [table for _, table in tables]
 
     def _build_model(self):
         arguments = self.arguments
+        torch.manual_seed(arguments.seed)  # of weights that the source lacks
         if arguments.model_name_or_path is not None and self.checkpoint is None:
             self.raw_model = JointMAEForPreTraining.from_pretrained(
                 arguments.model_name_or_path,
@@ -445,7 +459,7 @@ class PreTrainer:
             saved = self.checkpoint / LOG
             replace_text(self.output_dir / LOG, saved.read_text() if saved.exists() else "")
             if self.continues_here:
-                abandon_checkpoints_after(self.checkpoint)
+                abandon_checkpoints_after(self.checkpoint, self.progress.step)
             logger.info("Resuming from %s.", self.checkpoint)
 
     def _check_same_run(self, checkpoint: Path, state: dict[str, Any]):
@@ -488,10 +502,9 @@ class PreTrainer:
         with self.stop_signals, closing(self._batches()) as batches:
             self._train(batches)
         model = self._final_model()
-        result = self._finish(model) if self.is_main else None
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
-        return result
+        self.accelerator.end_training()  # nobody waits for the report, which may take longer than a barrier allows
+        return self._finish(model) if self.is_main else None
 
     def _train(self, batches: Iterator):
         arguments, progress = self.arguments, self.progress
@@ -725,9 +738,12 @@ class PreTrainer:
             "weights_digest": weights_digest(model.joint_mae),
             "weights": "of the last step" if self.average is None else "averaged over the steps",
             "final_losses": progress.last_epoch.mean(),
-            "report": self._report(model) if self.evaluates else None,
+            "report": None,
         }
         replace_text(self.output_dir / RESULT, dumps(result, indent=2) + "\n")
+        if self.evaluates:
+            result["report"] = self._report(model)
+            replace_text(self.output_dir / RESULT, dumps(result, indent=2) + "\n")
         logger.info("The model and %s are in %s.\n\n%s\n", RESULT, self.output_dir, summarize(result))
         if arguments.push_to_hub:
             self._push_to_hub()
@@ -737,15 +753,7 @@ class PreTrainer:
         from ..evaluation import pretraining_report
 
         untrained = build_untrained_model(self.config, self.arguments.seed).to(self.accelerator.device).eval()
-        train = self._load_table(self.arguments.split)
-        return pretraining_report(
-            model,
-            untrained,
-            train=train,
-            test=self.test_table,
-            output_dir=self.output_dir,
-            seed=self.arguments.seed,
-        )
+        return pretraining_report(model, untrained, *self.report_tables, self.output_dir, self.arguments.seed)
 
     def _push_to_hub(self):
         from huggingface_hub import HfApi
