@@ -13,6 +13,7 @@
 # limitations under the License.
 """Joint-MAE model configuration."""
 
+from dataclasses import fields
 from math import prod
 
 from huggingface_hub.dataclasses import strict
@@ -192,6 +193,13 @@ class JointMAEConfig(PreTrainedConfig):
                 setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # What is overridden at loading is validated like the rest; transformers would set it afterwards.
+        own = {field.name for field in fields(JointMAEConfig)} - {field.name for field in fields(PreTrainedConfig)}
+        overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
     def save_pretrained(self, save_directory, **kwargs):
         self.auto_map = dict(_AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
@@ -249,13 +257,13 @@ class JointMAEConfig(PreTrainedConfig):
             "intermediate_size",
             "num_points",
             "image_size",
-            "num_channels",
             "decoder_intermediate_size",
             "num_target_points",
             "classifier_hidden_size",
             "classifier_num_layers",
         ):
             self._require(name, getattr(self, name) > 0, "a positive integer")
+        self._require("num_channels", self.num_channels == 1, "1: depth has one")
         self._require("agreement_temperature", self.agreement_temperature > 0, "more than 0")
         for name in (
             "image_embed_depth",

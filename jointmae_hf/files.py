@@ -24,7 +24,7 @@ def replace_text(path: Path, text: str):
 def flush(path: Path):
     """Has the operating system write a file, or the entries of a folder, to the disk now."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
         try:
             os.fsync(descriptor)
         finally:

@@ -218,8 +218,8 @@ class JointMAEPointCloudProcessor(FeatureExtractionMixin):
                 shape `(n, 3)` or wider (columns after x, y, z are dropped); a `trimesh` mesh, point cloud or scene; a
                 row of a data set with its cloud under `"points"` or `"mesh"`, decoded or not; or the path of a file:
                 arrays (.npy, .npz), text (.xyz, .txt, .pts, .csv, by whitespace, comma or semicolon; the columns that
-                a header names x, y and z, else the first three), meshes and clouds read by trimesh (.ply, .obj, .stl,
-                .off, .glb, .gltf). An array or tensor `(b, n, 3)` is a batch.
+                a header names x, y and z, or the first three without a header), meshes and clouds read by trimesh
+                (.ply, .obj, .stl, .off, .glb, .gltf). An array or tensor `(b, n, 3)` is a batch.
             num_points, sampling, seed, do_normalize, do_project: Replace the attributes of that name for this call.
             view (`int` or `list[int]`, *optional*): View of the depth images, one for all clouds or one for each.
             return_groups (`bool`, defaults to `False`): Whether to return the groups that the model forms.
@@ -857,13 +857,12 @@ def _farthest_indices(points: np.ndarray, num_points: int) -> np.ndarray:
 
 def _normalize(
     clouds: list[np.ndarray], names: list[str], do_normalize: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clouds `(n, 3)` to float32 `(b, longest, 3)`, with their float64 centres `(b, 3)` and radii `(b,)`."""
+) -> tuple[Sequence[np.ndarray], np.ndarray, np.ndarray]:
+    """Clouds `(n, 3)` in float32, with their float64 centres `(b, 3)` and radii `(b,)`."""
     if len(set(map(len, clouds))) > 1:  # padding only comes after, so that it does not change a digit
         singles = [_normalize([cloud], [name], do_normalize) for cloud, name in zip(clouds, names, strict=True)]
         values, centers, scales = zip(*singles, strict=True)
-        padded = _pad([value[0] for value in values], max(map(len, clouds)))
-        return padded, np.concatenate(centers), np.concatenate(scales)
+        return [value[0] for value in values], np.concatenate(centers), np.concatenate(scales)
     # With the points along the last axis numpy reduces several times faster than along axis 1 of `(b, n, 3)`.
     points = np.stack([cloud.T for cloud in clouds]).astype(np.float64, order="C")  # (b, 3, n)
     flat = (points.max(2) - points.min(2)).max(1) < _FLOAT32.tiny

@@ -759,10 +759,30 @@ def test_clouds_of_other_sizes_and_fewer_points_than_centers_work():
         ({"projection": torch.zeros(2, 4, 4)}, r"`projection` has shape \(2, 4, 4\)"),
     ],
 )
-def test_wrong_inputs_are_named(change, message):
+@pytest.mark.parametrize("model_class", [JointMAEModel, JointMAEForPreTraining])
+def test_wrong_inputs_are_named(model_class, change, message):
     config = tiny_config()
     with pytest.raises(ValueError, match=message):
-        build(JointMAEModel, config)(**with_images(clouds(), config) | change)
+        build(model_class, config)(**with_images(clouds(), config) | change)
+
+
+def test_indices_beyond_the_tokens_are_refused():
+    model = build(JointMAEModel)
+    inputs = with_images(clouds(), model.config)
+    for name, stop in (("visible_tokens", 16), ("visible_patches", 64)):
+        with pytest.raises(ValueError, match=f"`{name}` holds {stop}, expected 0 to {stop - 1}"):
+            model(**inputs, **{name: torch.tensor([[0, stop], [1, 2]])})
+
+
+def test_pretraining_projects_nothing_before_it_has_looked_at_the_clouds():
+    model = build(JointMAEForPreTraining, tiny_config(num_target_points=64))
+    for points, message in (
+        (torch.rand(128, 3), r"`point_values` has shape \(128, 3\), expected \(batch, num_points, 3\)"),
+        (torch.rand(2, 128, 4), r"`point_values` has shape \(2, 128, 4\)"),
+        (torch.rand(2, 40, 3), "holds 40 points for each cloud, expected at least the 64 .*`num_target_points`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(points)
 
 
 # ---- Heads
@@ -922,7 +942,7 @@ def test_configuration_survives_json(tmp_path):
         ("image_embed_sizes", [32, 16], "to end in `hidden_size`"),
         ("patch_strides", [2, 0], "positive integers"),
         ("image_size", 30, "a multiple of"),
-        ("num_channels", 0, "a positive integer"),
+        ("num_channels", 3, "1: depth has one"),
         ("splat_size", 4, "a positive odd integer"),
         ("image_kernel_size", 0, "a positive odd integer"),
         ("image_embed_depth", -1, "0 or more"),
@@ -953,6 +973,16 @@ def test_configuration_survives_json(tmp_path):
 def test_wrong_configurations_name_the_field(field, value, expected):
     with pytest.raises(Exception, match=rf"`{field}` is .*expected .*{expected}"):
         tiny_config(**{field: value})
+
+
+def test_what_is_overridden_at_loading_is_validated_too(tmp_path):
+    build(JointMAEForPreTraining).save_pretrained(tmp_path)
+    for wrong in ({"mask_ratio": 0.0}, {"num_centers": [16, 32]}, {"num_hidden_layers": 2, "pooling_layers": [3]}):
+        with pytest.raises(Exception, match=rf"`{list(wrong)[-1]}` is .*expected"):
+            JointMAEForPreTraining.from_pretrained(tmp_path, **wrong)
+    assert JointMAEModel.from_pretrained(tmp_path, num_centers=(16, 16)).config.num_centers == [16, 16]
+    config, unused = JointMAEConfig.from_pretrained(tmp_path, num_centers=[24, 16], a=1, return_unused_kwargs=True)
+    assert config.num_centers == [24, 16] and unused == {"a": 1}
 
 
 # ---- Initial weights

@@ -124,6 +124,11 @@ def test_a_small_cloud_keeps_every_point_and_the_rest_is_masked(processor, sampl
         assert torch.equal(alone[name], whole[name]), name
     assert torch.equal(inputs["point_values"][:1, :25], whole["point_values"])
     assert "point_mask" not in processor([cloud(64), cloud(500)], sampling=sampling)
+    # Padding is the cloud from its beginning, whatever is beside it, and indices say which point.
+    short = processor([cloud(25), cloud(40, 1)], return_indices=True, **settings)
+    assert torch.equal(short["point_values"][:1], alone["point_values"])
+    index = short["point_indices"][:1, :, None].expand(-1, -1, 3)
+    assert torch.equal(short["point_values"][:1], whole["point_values"].gather(1, index))
 
 
 def test_a_cloud_of_the_right_size_keeps_its_order(processor):

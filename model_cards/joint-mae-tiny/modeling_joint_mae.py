@@ -76,7 +76,8 @@ class JointMAEModelOutput(ModelOutput):
         fine_features (`torch.FloatTensor` of shape `(batch, num_centers[0], point_embed_sizes[0])`, *optional*):
             Features of the finest groups, where no token was left out.
         fine_centers (`torch.FloatTensor` of shape `(batch, num_centers[0], 3)`, *optional*): Their centres.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Input of each block, and the last hidden state.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            Input of the first block, then the output of each; that of the last one is normalised.
         attentions (`tuple(torch.FloatTensor)`, *optional*): Attention weights of each block.
     """
 
@@ -115,7 +116,8 @@ class JointMAEForPreTrainingOutput(ModelOutput):
         centers (`torch.FloatTensor` of shape `(batch, num_centers[-1], 3)`): Centre of every 3D token.
         pixel_values (`torch.FloatTensor` of shape `(batch, 1, height, width)`): The image, given or projected.
         projection (`torch.FloatTensor` of shape `(batch, 3, 4)`): The map that made it.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Input of each encoder block, and the last hidden state.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            Input of the first encoder block, then the output of each; that of the last one is normalised.
         attentions (`tuple(torch.FloatTensor)`, *optional*): Attention weights of each encoder block.
     """
 
@@ -146,7 +148,8 @@ class JointMAEHeadOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*): Given `labels`.
         logits (`torch.FloatTensor` of shape `(batch, num_labels)` or `(batch, num_points, num_labels)`): Scores.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Input of each block, and the last hidden state.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            Input of the first block, then the output of each; that of the last one is normalised.
         attentions (`tuple(torch.FloatTensor)`, *optional*): Attention weights of each block.
     """
 
@@ -640,7 +643,7 @@ class JointMAEModel(JointMAEPreTrainedModel):
                 Where true, the 3D tokens of that sample do not attend to its 2D tokens.
 
         Raises:
-            ValueError: if a shape is wrong, or if there are fewer points than a group has neighbours.
+            ValueError: if a shape or an index is wrong, or if there are fewer points than a group has neighbours.
         """
         self._check_inputs(point_values, pixel_values, projection)
         batch_size = point_values.shape[0]
@@ -648,6 +651,10 @@ class JointMAEModel(JointMAEPreTrainedModel):
         check_shape("visible_tokens", visible_tokens, (batch_size, None), torch.int64)
         check_shape("visible_patches", visible_patches, (batch_size, None), torch.int64)
         check_shape("image_dropped", image_dropped, (batch_size,), torch.bool)
+        if visible_tokens is not None:
+            check_range("visible_tokens", visible_tokens, self.config.num_centers[-1])
+        if visible_patches is not None:
+            check_range("visible_patches", visible_patches, self.config.num_patches)
         tokens, centers, fine_features, fine_centers = self.point_embeddings(point_values, point_mask, visible_tokens)
         token_centers = centers if visible_tokens is None else gather_points(centers, visible_tokens)
         num_tokens = tokens.shape[1]
@@ -896,7 +903,13 @@ class JointMAEForPreTraining(JointMAEPreTrainedModel):
             ValueError: if a shape is wrong, or an input that the configuration asks for is missing.
         """
         config = self.config
+        self.joint_mae._check_inputs(point_values, pixel_values, projection)
         self._check_second(point_values, second_point_values)
+        if point_values.shape[1] < config.num_target_points:
+            raise ValueError(
+                f"`point_values` holds {point_values.shape[1]} points for each cloud, expected at least the "
+                f"{config.num_target_points} that a group is reconstructed as (`num_target_points`)."
+            )
         batch_size, device = point_values.shape[0], point_values.device
         check_shape("point_mask", point_mask, point_values.shape[:2], torch.bool)
         check_shape("view", view, (batch_size,), torch.int64)
