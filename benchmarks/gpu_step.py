@@ -3,7 +3,8 @@
     python benchmarks/gpu_step.py --output benchmarks/results/gpu_step.json
 
 Needs a CUDA device and some minutes. A training step is forward pass under autocast, backward pass, clipping and fused
-AdamW, on clouds that are on the device already; "compiled" is what `--compile` of pre-training does. The share of the
+AdamW, on clouds that are on the device already; "compiled" is what `--compile` of pre-training does, and "CUDA graph"
+what `--cuda_graph` does. The share of the
 peak counts the products that `budget.py` counts, at the data sheet's rate of an H100; on other devices it is left out.
 
 Sections run most wanted first, or those that `--sections` names, and are added to a result that is there. One that
@@ -28,7 +29,9 @@ from torch import nn
 
 from jointmae_hf import JointMAEConfig, JointMAEForPreTraining
 from jointmae_hf.data.loading import load_point_table
+from jointmae_hf.modeling_joint_mae import JointMAEForPreTrainingOutput
 from jointmae_hf.training.compilation import compile_blocks
+from jointmae_hf.training.graphs import GraphedBackward
 from jointmae_hf.training.optimization import build_optimizer
 from jointmae_hf.training.pretraining import build_untrained_model, versions
 
@@ -47,21 +50,30 @@ class Training:
         batch_size: clouds of a step.
         bfloat16: by autocast, else float32 throughout.
         compiled: whether the blocks are compiled.
+        graph: whether forward and backward pass are replayed from a CUDA graph.
     """
 
-    def __init__(self, batch_size: int, bfloat16: bool = True, compiled: bool = True):
+    def __init__(self, batch_size: int, bfloat16: bool = True, compiled: bool = True, graph: bool = False):
         self.batch_size, self.bfloat16 = batch_size, bfloat16
         self.config = JointMAEConfig.from_preset("base")
         self.model = build_untrained_model(self.config, seed=0).to(DEVICE)
         if compiled:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, 1e-3, 0.05, (0.9, 0.95))
+        self.graphed = GraphedBackward(self.model, self.forward, ["loss"]) if graph else None
+
+    def forward(self, **batch: torch.Tensor) -> JointMAEForPreTrainingOutput:
+        with torch.autocast(DEVICE, torch.bfloat16) if self.bfloat16 else nullcontext():
+            return self.model(**batch)
 
     def step(self, points: torch.Tensor, **noise: torch.Tensor) -> torch.Tensor:
         """One step; returns the loss."""
-        with torch.autocast(DEVICE, torch.bfloat16) if self.bfloat16 else nullcontext():
-            loss = self.model(points, **noise).loss
-        loss.backward()
+        batch = {"point_values": points, **noise}
+        if self.graphed is None:
+            loss = self.forward(**batch).loss
+            loss.backward()
+        else:
+            loss = self.graphed.backward(batch)[0]
         nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -94,9 +106,9 @@ def synchronize():
     torch.cuda.synchronize()
 
 
-def throughput(batch_size: int, compiled: bool = True) -> dict[str, Any]:
+def throughput(batch_size: int, compiled: bool = True, graph: bool = False) -> dict[str, Any]:
     """Samples per second, share of the peak and memory of a training step."""
-    training, points = Training(batch_size, compiled=compiled), surfaces(batch_size)
+    training, points = Training(batch_size, compiled=compiled, graph=graph), surfaces(batch_size)
     started = time.perf_counter()
     training.step(points)
     synchronize()
@@ -107,6 +119,7 @@ def throughput(batch_size: int, compiled: bool = True) -> dict[str, Any]:
     result = {
         "batch_size": batch_size,
         "compiled": compiled,
+        "cuda_graph": graph,
         "first_step_seconds": first,
         "step_seconds": seconds,
         "samples_per_second": batch_size / seconds["median"],
@@ -232,6 +245,8 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "training, batch 2048": lambda: throughput(2048),
     "training, batch 128": lambda: throughput(128),
     "training, batch 512, eager": lambda: throughput(512, compiled=False),
+    "training, batch 512, CUDA graph": lambda: throughput(512, graph=True),
+    "training, batch 512, eager, CUDA graph": lambda: throughput(512, compiled=False, graph=True),
     "features, batch 1": lambda: inference(1),
     "features, batch 256": lambda: inference(256),
     "shares": shares,

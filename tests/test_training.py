@@ -38,6 +38,7 @@ from jointmae_hf.training import CheckpointError, NonFiniteLossError, PreTrainin
 from jointmae_hf.training.arguments import build_config, parse_config_overrides
 from jointmae_hf.training.averaging import WeightAverage
 from jointmae_hf.training.flops import PEAKS, peak_flops, training_flops
+from jointmae_hf.training.graphs import GraphedBackward
 from jointmae_hf.training.optimization import build_optimizer, learning_rate_at, loss_gradient_norms, parameter_groups
 from jointmae_hf.training.prefetch import prefetch
 from jointmae_hf.training.pretraining import PreTrainer, available_cores, build_untrained_model
@@ -509,6 +510,49 @@ def test_a_compiled_run_in_bfloat16_trains_and_saves_as_any_other(make, monkeypa
     for found, wanted in zip(log(make("compiled").output_dir), log(make("plain").output_dir), strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
     assert weights(make("compiled").output_dir).keys() == weights(make("plain").output_dir).keys()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_trains_as_kernel_by_kernel(make):
+    overrides = CONFIG + ",agreement_loss_weight=1,agreement_of_visible=false"
+    common = {"train_data": "procedural", "config_overrides": overrides, "mixed_precision": "bf16", "logging_steps": 1}
+    pretrain(make("plain", **common))
+    trainer = PreTrainer(make("graphed", **common, cuda_graph=True))
+    trainer.run()
+    assert trainer.graphed.graph is not None
+    for found, wanted in zip(log(make("graphed").output_dir), log(make("plain").output_dir), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_gives_the_gradients_of_each_batch_whatever_its_size():
+    model = build_untrained_model(JointMAEConfig.from_preset("tiny", num_points=256), seed=0).cuda()
+    graphed = GraphedBackward(model, model, ["loss_3d", "loss"])
+    generator = torch.Generator("cuda").manual_seed(0)
+    for size in (4, 4, 4, 4, 4, 3, 4):
+        batch = {
+            "point_values": torch.rand(size, 256, 3, generator=generator, device="cuda"),
+            "view": torch.zeros(size, dtype=torch.int64, device="cuda"),
+            "point_noise": torch.rand(size, 32, generator=generator, device="cuda"),
+            "patch_noise": torch.rand(size, model.config.num_patches, generator=generator, device="cuda"),
+        }
+        values = graphed.backward(batch)
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        assert values.tolist() == pytest.approx([outputs.loss_3d.item(), outputs.loss.item()], rel=1e-4)
+        for gradient, parameter in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
+        model.zero_grad()
+    assert graphed.graph is not None
+
+
+def test_a_graph_needs_a_gpu(make, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="`cuda_graph` is True on cpu, expected a GPU"):
+        pretrain(make("run", cuda_graph=True))
 
 
 def test_another_seed_is_another_run(make):

@@ -80,6 +80,9 @@ class PreTrainingArguments:
         None, "Precision of the forward pass (default: what `accelerate launch` says, else no)."
     )
     compile: bool = _argument(False, "Compile the blocks of the model with torch.compile.")
+    cuda_graph: bool = _argument(
+        False, "Replay forward and backward pass from a CUDA graph: for one GPU, where launching takes longer."
+    )
     ema_decay: float | None = _argument(
         None, "Keep an exponential moving average of the weights, and end with it (0.999, say; default: none)."
     )

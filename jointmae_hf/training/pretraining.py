@@ -77,6 +77,7 @@ from .checkpoints import (
 )
 from .compilation import compile_blocks, release_blocks
 from .flops import peak_flops, training_flops
+from .graphs import GraphedBackward
 from .optimization import build_optimizer, learning_rate_at, loss_gradient_norms, set_learning_rate
 from .prefetch import prefetch
 from .sharding import is_spread, whole
@@ -237,10 +238,27 @@ class PreTrainer:
             share_cores(accelerator.num_processes, arguments.num_threads)
         if len(accelerator.log_with) < len(trackers):
             raise ValueError(f"`report_to` is {arguments.report_to!r}, but not all of these trackers are installed.")
+        if arguments.cuda_graph:
+            self._check_graph(accelerator)
         if arguments.compile and arguments.grad_norm_steps:
             # Compiled graphs else reuse memory that a second backward pass over the same graph needs.
             torch._functorch.config.donated_buffer = False
         return accelerator
+
+    def _check_graph(self, accelerator: Accelerator):
+        """Raises `ValueError` where forward and backward pass cannot be one graph."""
+        for found, expected in (
+            (accelerator.device.type != "cuda" and f"on {accelerator.device.type}", "a GPU"),
+            (accelerator.num_processes > 1 and f"in {accelerator.num_processes} processes", "one process"),
+            (accelerator.mixed_precision == "fp16" and "with `mixed_precision` fp16", "bf16 or no"),
+            (
+                accelerator.gradient_accumulation_steps > 1
+                and f"with `gradient_accumulation_steps` {accelerator.gradient_accumulation_steps}",
+                "1",
+            ),
+        ):
+            if found:
+                raise ValueError(f"`cuda_graph` is True {found}, expected {expected}.")
 
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, undamaged, or `None`; refuses an output folder that holds something else."""
@@ -415,6 +433,7 @@ class PreTrainer:
         self.peak = None if peak is None else peak * self.accelerator.num_processes
         # In the order in which a value that is not finite is blamed: the total comes after its terms.
         self.terms = [*self.loss_weights, "loss"]
+        self.graphed = GraphedBackward(self.raw_model, self.model, self.terms) if arguments.cuda_graph else None
 
     def _build_threads(self) -> ReplicaThreads | None:
         """Threads that share the batches of a process on the CPU, where it has several and the model allows it."""
@@ -576,6 +595,9 @@ class PreTrainer:
             with accelerator.accumulate(self.model):
                 if self.threads is not None and not measures:
                     total += self.threads.backward(batch, self.terms, 1 / accumulation) / accumulation
+                    continue
+                if self.graphed is not None and not measures:
+                    total += self.graphed.backward(batch)
                     continue
                 outputs = self.model(**batch)
                 if measures and part == 0:
