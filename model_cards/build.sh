@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # How released models and all figures on their cards are made, from nothing: six hours on two CPU cores, and for
-# `joint-mae-small` some minutes on a GPU (without one, half a day) and an evening more. The weights of `joint-mae-small` saw
-# the procedural shapes of version 1, of which one in 6,000 is another now; results keep commit and command of what was run.
+# `joint-mae-small` some minutes on a GPU (without one, a day) and an evening more.
 #
 #     bash model_cards/build.sh [ldraw_parts.npz]    # run again after an interruption, it goes on where it was
 #
@@ -53,13 +52,17 @@ head() { # RESULTS NAME: the model of seed 0
 head classification-pretrained-1 joint-mae-tiny-kicad-classification
 head part_segmentation-pretrained joint-mae-tiny-kicad-segmentation
 
-# 641,024 shapes, their views slightly turned and noisy from the start.
-accelerate launch examples/pretrain.py --preset small --train_data procedural --max_steps 1252 --batch_size 512 \
-    --learning_rate 1.5e-3 --mixed_precision bf16 --num_workers 12 --scale_min 0.8 --scale_max 1.25 --max_tilt 10 \
-    --max_jitter 0.01 --grad_norm_steps 0 --save_steps 100 --output_dir outputs/joint-mae-small --resume_from_checkpoint latest \
-    --config_overrides "agreement_loss_weight=5,agreement_of_visible=false,pooling_deviation=true,pooling_layers=[3,6,8],drop_path_rate=0"
-release outputs/joint-mae-small joint-mae-small apache-2.0
+# 2,355,200 shapes, then 358,400 with twice the tokens, their views slightly turned. Without a GPU, leave out --compile and --cuda_graph.
+accelerate launch examples/pretrain.py --preset small --train_data procedural --max_steps 4600 --batch_size 512 \
+    --learning_rate 1.5e-3 --mixed_precision bf16 --compile --cuda_graph --num_workers 13 --scale_min 0.8 --scale_max 1.25 \
+    --max_jitter 0.005 --grad_norm_steps 0 --output_dir outputs/joint-mae-small --resume_from_checkpoint latest --config_overrides \
+    "num_centers=[256,128,32],agreement_loss_weight=5,agreement_of_visible=false,pooling_deviation=true,pooling_layers=[3,6,8],drop_path_rate=0"
+accelerate launch examples/pretrain.py --model_name_or_path outputs/joint-mae-small --train_data procedural --seed 1 --max_steps 700 \
+    --batch_size 512 --learning_rate 7e-4 --mixed_precision bf16 --cuda_graph --num_workers 13 --scale_min 0.8 --scale_max 1.25 \
+    --max_tilt 10 --max_jitter 0.01 --grad_norm_steps 0 --config_overrides "num_centers=[512,256,64]" \
+    --output_dir outputs/joint-mae-small-fine --resume_from_checkpoint latest
+release outputs/joint-mae-small-fine joint-mae-small apache-2.0
 measure joint-mae-small "${RESULTS}_small" linear_svm few_shot retrieval classification part_segmentation
-release outputs/joint-mae-small joint-mae-small apache-2.0 --training outputs/joint-mae-small/result.json \
+release outputs/joint-mae-small-fine joint-mae-small apache-2.0 --training outputs/joint-mae-small/result.json outputs/joint-mae-small-fine/result.json \
     --results "${RESULTS}_small"/*/{linear_svm-*-1,few_shot-*,retrieval-*,classification-*-1,part_segmentation-*}.json \
     --notes model_cards/notes/joint-mae-small.md

@@ -1020,7 +1020,8 @@ def test_the_script_does_nothing_when_imported_and_finds_its_data():
 
 
 @pytest.mark.parametrize(
-    ("device", "preset", "precision"), [("gpu", "base", "bf16"), ("cpu-bf16", "tiny", "bf16"), ("cpu", "tiny", None)]
+    ("device", "preset", "precision"),
+    [("gpu", "base", "bf16"), ("gpus", "base", "bf16"), ("cpu-bf16", "tiny", "bf16"), ("cpu", "tiny", None)],
 )
 def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp_path, device, preset, precision):
     (tmp_path / "bin").mkdir()
@@ -1040,7 +1041,8 @@ def test_the_speedrun_is_a_recipe_of_the_script_for_the_device_that_there_is(tmp
     assert downstream.startswith(f"benchmarks/downstream.py {output} ") and str(output / "downstream") in tables
     (arguments,) = HfArgumentParser(PreTrainingArguments).parse_args_into_dataclasses(options)
     assert (arguments.preset, arguments.max_steps, arguments.output_dir) == (preset, 7, str(output))
-    assert arguments.mixed_precision == precision and arguments.compile == (device == "gpu")
+    assert arguments.mixed_precision == precision and arguments.compile == device.startswith("gpu")
+    assert arguments.cuda_graph == (device == "gpu")
     assert arguments.train_data == "procedural" and arguments.evaluate
     config = build_config(arguments)
     assert config.agreement_loss_weight > 0 and config.pooling_layers[-1] == config.num_hidden_layers
