@@ -51,11 +51,9 @@ def sizes_table() -> str:
 def estimate_table(sections: dict, price: float | None) -> str:
     """One row for each of `LAYOUTS`; `sections` are those of `gpu_step.py`, which may lack any."""
     parameters = num_parameters(JointMAEConfig.from_preset("base"))
-    lines = [
-        "| GPUs | samples of a step | steps | step of one alone, ms | exchange of gradients, ms | samples/s of all "
-        "| minutes | GPU-hours | cost |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    columns = ["GPUs", "samples of a step", "steps", "step of one alone, ms", "exchange of gradients, ms"]
+    columns += ["samples/s of all", "minutes", "GPU-hours", *([] if price is None else ["cost"])]
+    lines = [f"| {' | '.join(columns)} |", "|--:" * len(columns) + "|"]
     for num_gpus, batch_size, launch in LAYOUTS:
         measured, bound = sections.get(f"training, batch {batch_size}{launch}", {}), ""
         if "step_seconds" not in measured:
@@ -63,7 +61,7 @@ def estimate_table(sections: dict, price: float | None) -> str:
         exchange = exchange_seconds(num_gpus, parameters)
         row = [num_gpus, f"{num_gpus * batch_size:,}", f"{SAMPLES / (num_gpus * batch_size):,.0f}"]
         if "step_seconds" not in measured:
-            row += [UNKNOWN, f"{1e3 * exchange:.2f}", *[""] * 4]
+            row += [UNKNOWN, f"{1e3 * exchange:.2f}", *[""] * (len(columns) - 5)]
         else:
             seconds = measured["step_seconds"]["median"]
             rate = num_gpus * batch_size / (seconds + exchange)
@@ -74,8 +72,8 @@ def estimate_table(sections: dict, price: float | None) -> str:
                 f"{bound.replace('most', 'least')}{rate:,.0f}",
                 f"{bound}{60 * hours:.1f}",
                 f"{bound}{num_gpus * hours:.2f}",
-                "" if price is None else f"{bound}{price * num_gpus * hours:,.2f}",
             ]
+            row += [] if price is None else [f"{bound}{price * num_gpus * hours:,.2f}"]
         lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
 

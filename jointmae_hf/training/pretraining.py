@@ -25,7 +25,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -39,9 +39,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
 from .. import JointMAEConfig, JointMAEForPreTraining, JointMAEPointCloudProcessor
+from ..configuration_joint_mae import own_fields
 from ..data.augmentation import STEPS, Augmentation, counter_generator
 from ..data.collation import EpochBatches, PreTrainingCollator, StreamBatches
 from ..data.loading import (
@@ -723,6 +723,7 @@ class PreTrainer:
 
     def _final_model(self) -> JointMAEForPreTraining:
         """The model in one piece, for evaluation; all processes take part."""
+        self.graphed = None  # nor its memory
         if self.average is not None:
             self.average.copy_to_model()
         if not self.is_sharded:
@@ -826,8 +827,8 @@ def remove_earlier_run(output_dir: Path):
 
 def config_fields(config: JointMAEConfig) -> dict[str, Any]:
     """The fields that Joint-MAE adds to a configuration, as JSON has them; names of classes decide nothing."""
-    names = {f.name for f in fields(JointMAEConfig)} - {f.name for f in fields(PreTrainedConfig)} - {"object_classes"}
-    return loads(dumps({name: getattr(config, name) for name in sorted(names)}))
+    names = sorted(own_fields() - {"object_classes"})
+    return loads(dumps({name: getattr(config, name) for name in names}))
 
 
 def versions() -> dict[str, str]:

@@ -196,8 +196,7 @@ class JointMAEConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # What is overridden at loading is validated like the rest; transformers would set it afterwards.
-        own = {field.name for field in fields(JointMAEConfig)} - {field.name for field in fields(PreTrainedConfig)}
-        overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        overrides = {name: kwargs.pop(name) for name in own_fields() & kwargs.keys()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -367,6 +366,11 @@ PRESETS = {
     },
     "base": {},
 }
+
+
+def own_fields() -> set[str]:
+    """Names of the fields that [`JointMAEConfig`] adds to those of every configuration."""
+    return {field.name for field in fields(JointMAEConfig)} - {field.name for field in fields(PreTrainedConfig)}
 
 
 __all__ = ["JointMAEConfig"]
