@@ -82,8 +82,8 @@ class PreTrainingArguments:
     compile: bool = _argument(False, "Compile the blocks of the model with torch.compile.")
     cuda_graph: bool = _argument(
         False,
-        "Replay forward and backward pass from a CUDA graph, on one GPU. It keeps its memory, so that `grad_norm_steps` "
-        "takes as much again.",
+        "Replay forward and backward pass from a CUDA graph, on one GPU. It keeps its memory; `grad_norm_steps` takes "
+        "as much again.",
     )
     ema_decay: float | None = _argument(
         None, "Keep an exponential moving average of the weights, and end with it (0.999, say; default: none)."
