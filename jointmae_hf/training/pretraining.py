@@ -247,17 +247,14 @@ class PreTrainer:
 
     def _check_graph(self, accelerator: Accelerator):
         """Raises `ValueError` where forward and backward pass cannot be one graph."""
-        for found, expected in (
-            (accelerator.device.type != "cuda" and f"on {accelerator.device.type}", "a GPU"),
-            (accelerator.num_processes > 1 and f"in {accelerator.num_processes} processes", "one process"),
-            (accelerator.mixed_precision == "fp16" and "with `mixed_precision` fp16", "bf16 or no"),
-            (
-                accelerator.gradient_accumulation_steps > 1
-                and f"with `gradient_accumulation_steps` {accelerator.gradient_accumulation_steps}",
-                "1",
-            ),
+        device, accumulation = accelerator.device.type, accelerator.gradient_accumulation_steps
+        for is_wrong, found, expected in (
+            (device != "cuda", f"on {device}", "a GPU"),
+            (accelerator.num_processes > 1, f"in {accelerator.num_processes} processes", "one"),
+            (accelerator.mixed_precision == "fp16", "with `mixed_precision` fp16", "bf16 or no"),
+            (accumulation > 1, f"with `gradient_accumulation_steps` {accumulation}", "1"),
         ):
-            if found:
+            if is_wrong:
                 raise ValueError(f"`cuda_graph` is True {found}, expected {expected}.")
 
     def _find_checkpoint(self) -> Path | None:
