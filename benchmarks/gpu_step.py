@@ -4,8 +4,8 @@
 
 Needs a CUDA device and some minutes. A training step is forward pass under autocast, backward pass, clipping and fused
 AdamW, on clouds that are on the device already; "compiled" is what `--compile` of pre-training does, and "CUDA graph"
-what `--cuda_graph` does. The share of the peak counts the products that `budget.py` counts, at the data sheet's rate of
-an H100; on other devices it is left out.
+what `--cuda_graph` does. The share of the peak counts the products that `budget.py` counts, at the data sheet's rate
+of an H100; on other devices it is left out.
 
 Sections run most wanted first, or those that `--sections` names, and are added to a result that is there. One that
 fails leaves its traceback, the others run if the device still can, and no section begins after `--time_limit`.
