@@ -28,7 +28,7 @@ DEVICE=$("$VENV/bin/python" -c "
 import torch
 capable = torch.cpu.get_capabilities()
 in_hardware = capable.get('avx512_bf16') or capable.get('amx_bf16')
-gpus = torch.cuda.device_count()
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
 print('gpus' if gpus > 1 else 'gpu' if gpus else 'cpu-bf16' if in_hardware else 'cpu')")
 case $DEVICE in
     # The paper's size on 12.6 million shapes; `batch_size` counts over all GPUs.

@@ -46,7 +46,7 @@ class GraphedBackward:
         if self.graph is None and self._calls == _EAGER_CALLS:
             self._capture(batch)
         if self.graph is None or _shapes(batch) != _shapes(self._inputs):
-            self._calls += self.graph is None
+            self._calls += 1
             return self._run(batch)
         for name, tensor in batch.items():
             self._inputs[name].copy_(tensor)
